@@ -1,0 +1,71 @@
+"""Trains the coursework recipe on CIFAR-10 once per seed, each in a process of its own, and writes the summary.
+
+Command: python benchmarks/coursework.py --seeds 0 1 2
+Needs: DYNACONV_DATA. Takes: an hour per seed on two slow cores.
+A seed whose run has ended is not trained again, so that the seeds can be spread over several evenings; the summary
+covers the runs that are there, and lists the commit of each.
+"""
+
+import argparse
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from record import over_seeds, write_result
+
+RUNS = Path("runs/benchmark-coursework")
+FIGURES = Path("docs/figures")
+METRICS = {
+    "train_accuracy": "train_accuracy",
+    "validation_accuracy": "validation_accuracy",
+    "test_accuracy": "test_accuracy",
+    "train_seconds": "train_seconds",
+    "startup_seconds": "startup_seconds",
+    "wall_seconds": "wall_seconds",
+    "images_per_second": "images_per_second",
+    "peak_memory_bytes": "peak_memory_bytes",
+}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    seeds = parser.parse_args().seeds
+    for seed in seeds:
+        folder = RUNS / f"seed-{seed}"
+        if not (folder / "result.json").exists():
+            command = ["train", "coursework", "--data", "cifar10", "--seed", str(seed), "--run-dir", str(folder)]
+            subprocess.run([sys.executable, "-m", "dynaconv.cli", *command], check=True)
+    summarise(seeds)
+
+
+def summarise(seeds: list[int]) -> None:
+    results, environments, seconds = [], [], []
+    for seed in seeds:
+        folder = RUNS / f"seed-{seed}"
+        results.append(json.loads((folder / "result.json").read_text()))
+        environments.append(json.loads((folder / "environment.json").read_text()))
+        epochs = [json.loads(line)["seconds"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
+        seconds.append(sum(epochs) / len(epochs))
+    metrics = {name: over_seeds([result[key] for result in results]) for name, key in METRICS.items()}
+    metrics["seconds_per_epoch"] = over_seeds(seconds)
+    path = write_result(
+        "coursework",
+        metrics,
+        seeds,
+        recipe=json.loads((RUNS / f"seed-{seeds[0]}" / "recipe.json").read_text()),
+        data_sha256=sorted({result["data_sha256"] for result in results}),
+        run_commits=[environment["commit"] for environment in environments],
+        test_looks=[result["test_looks"] for result in results],
+        parameters=results[0]["parameters"],
+    )
+    FIGURES.mkdir(parents=True, exist_ok=True)
+    for name in ("curves", "grid"):
+        shutil.copy(RUNS / f"seed-{seeds[0]}" / "figures" / f"{name}.png", FIGURES / f"coursework-{name}.png")
+    print(f"{path}: test accuracy {metrics['test_accuracy']}")
+
+
+if __name__ == "__main__":
+    main()

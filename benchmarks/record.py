@@ -1,0 +1,56 @@
+"""The form of a result file, and how it is written. Used by every script in this folder."""
+
+import json
+import os
+import shlex
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dynaconv.device import describe_environment
+from dynaconv.files import writing_whole
+
+RESULTS = Path(__file__).parent / "results"
+
+
+def over_seeds(values: Sequence[float]) -> dict[str, Any]:
+    """Returns mean, sample standard deviation (None for a single value) and the values."""
+    return {
+        "mean": statistics.fmean(values),
+        "sd": statistics.stdev(values) if len(values) > 1 else None,
+        "values": list(values),
+    }
+
+
+def over_repeats(values: Sequence[float]) -> dict[str, Any]:
+    """Returns the median and the values."""
+    return {"median": statistics.median(values), "values": list(values)}
+
+
+def write_result(name: str, metrics: dict[str, Any], seeds: Sequence[int] = (), **more: Any) -> Path:
+    """Writes results/NAME.json with the command, commit and machine of this process."""
+    environment = describe_environment(torch.device("cpu"))
+    document = {
+        "name": name,
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        "commit": environment["commit"],
+        "machine": {
+            "processor": environment["device_name"],
+            "cores": os.cpu_count(),
+            "threads": environment["threads"],
+            "cpu_capability": environment["cpu_capability"],
+            "python": environment["python"],
+            "torch": environment["packages"]["torch"],
+        },
+        "seeds": list(seeds),
+        "metrics": metrics,
+        **more,
+    }
+    RESULTS.mkdir(exist_ok=True)
+    with writing_whole(RESULTS / f"{name}.json") as temporary:
+        temporary.write_text(json.dumps(document, indent=2) + "\n")
+    return RESULTS / f"{name}.json"

@@ -1,0 +1,108 @@
+"""From the words of `dynaconv train` to a Recipe. Imports no torch, so that a mistake is told at once."""
+
+import contextlib
+import dataclasses
+import io
+import itertools
+import re
+from pathlib import Path
+from typing import Annotated
+
+import tyro
+
+from dynaconv.errors import UserError, unknown
+from dynaconv.recipe import GROUPS, Recipe, load_recipe, with_settings
+from dynaconv.recipes import DEFAULT, RECIPES
+
+RUN_DIR_HELP = "Folder of the run, which must not exist yet. None takes runs/RECIPE-TIME."
+
+
+def parse_training(words: list[str]) -> tuple[Recipe, Path | None]:
+    """Parses [RECIPE] [--run-dir DIR] [--data SOURCE] [--SETTING VALUE ...].
+
+    Args:
+        words: What follows `train` on the command line.
+
+    Returns:
+        The complete recipe, and the run's folder if one was named.
+
+    Raises:
+        UserError: a recipe or a setting that does not exist, or a value that cannot be.
+        SystemExit: with code 0, after --help was printed.
+    """
+    words = [_spell_out(word) for word in words]
+    base = find_recipe(words.pop(0)) if words and not words[0].startswith("-") else RECIPES[DEFAULT]()
+    _check_names(words)
+    fields = [("run_dir", Annotated[Path | None, tyro.conf.arg(help=RUN_DIR_HELP)], dataclasses.field(default=None))]
+    fields += [(name, kind, dataclasses.field(default=getattr(base, name))) for name, kind in GROUPS.items()]
+    complaint = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(complaint):
+            parsed = tyro.cli(
+                dataclasses.make_dataclass("TrainArguments", fields),
+                args=words,
+                prog="dynaconv train [RECIPE]",
+                description=f"Trains a classifier. RECIPE is one of {', '.join(RECIPES)}, or a run's recipe.json. "
+                f"The defaults shown are those of {base.name}.",
+                config=(tyro.conf.OmitArgPrefixes,),
+            )
+    except SystemExit as end:
+        if not end.code:
+            raise
+        raise UserError(_as_sentence(complaint.getvalue())) from None
+    settings = {
+        field.name: getattr(getattr(parsed, group), field.name)
+        for group, kind in GROUPS.items()
+        for field in dataclasses.fields(kind)
+    }
+    return with_settings(base, **settings), parsed.run_dir
+
+
+def find_recipe(name: str) -> Recipe:
+    """Returns the recipe of that name, or the one stored in that file.
+
+    Raises:
+        UserError: neither a known name (nearest names are offered) nor a file with a recipe.
+    """
+    if name in RECIPES:
+        return RECIPES[name]()
+    if name.endswith(".json"):
+        return load_recipe(Path(name))
+    if Path(name).is_dir():
+        return load_recipe(Path(name) / "recipe.json")
+    raise unknown("recipe", name, RECIPES)
+
+
+def _spell_out(word: str) -> str:
+    """`--data` is short for the setting `source`; underscores are taken as dashes."""
+    if not word.startswith("--"):
+        return word
+    name, equals, value = word.partition("=")
+    name = name.replace("_", "-")
+    return f"{'--source' if name == '--data' else name}{equals}{value}"
+
+
+def _check_names(words: list[str]) -> None:
+    """Refuses an option that is no setting before anything else, with the nearest names."""
+    settings = [field.name for kind in GROUPS.values() for field in dataclasses.fields(kind)]
+    known = ["--data", "--run-dir", *(f"--{name.replace('_', '-')}" for name in settings)]
+    for word in words:
+        name = word.partition("=")[0]
+        if name.startswith("--") and name not in (*known, "--help", "--no-offline"):
+            raise unknown("setting", name, [option for option in known if option != "--source"])
+
+
+def _as_sentence(box: str) -> str:
+    """Takes the complaint out of the frame that tyro draws around it, in our words where its own are Python's."""
+    lines = [line.strip("│ ") for line in box.splitlines()[1:]]  # the first holds a title
+
+    def is_rule(line: str) -> bool:
+        return set(line) <= set("─-╰╯")  # drawn in ASCII where the terminal cannot show lines
+
+    said = " ".join(itertools.takewhile(lambda line: not is_rule(line), itertools.dropwhile(is_rule, lines)))
+    if match := re.search(r"parsing (--\S+): (invalid literal for int|could not convert)[^']*('.*')", said):
+        kind = "a whole number" if "int" in match[2] else "a number"
+        return f"{match[1].replace('--source', '--data')} takes {kind}, received {match[3]}."
+    if match := re.search(r"invalid choice '(.*)' for argument '(--\S+)'. Expected one of \((.*)\)", said):
+        return f"{match[2]} takes one of {match[3].replace(chr(39), '')}, received {match[1]!r}."
+    return f"{(said or 'The arguments cannot be understood').rstrip('.')}. `dynaconv train --help` lists every setting."

@@ -1,0 +1,127 @@
+"""The command line: parses, calls one function, prints. Imports nothing heavy before it knows the verb."""
+
+import json
+import os
+import sys
+import time
+
+from dynaconv.errors import DynaconvError, UserError, unknown
+
+TYPE_CHECKING = False  # typing's constant of this name, without the import: the help answers at once
+if TYPE_CHECKING:
+    from collections.abc import Callable
+    from typing import Any, TextIO
+
+
+HELP = """\
+usage: dynaconv VERB ... [--json]
+
+Trains, judges and ships image classifiers for small images, CIFAR-10 first.
+
+verbs:
+  train [RECIPE] [--data SOURCE] [--run-dir DIR] [--seed N] [--SETTING VALUE]
+             train a classifier, judge it once on the test images, write a run
+  recipes    the named recipes, with what each costs and reaches
+
+options:
+  --json     print exactly one JSON document on standard output, all else on standard error
+  --version  print the version
+  --help     this text; `dynaconv VERB --help` for a verb's own
+
+examples:
+  dynaconv train                                   CIFAR-10 if it can be had, else small digits
+  dynaconv train --data my-pictures --epochs 20    a folder with one folder per class
+  dynaconv train runs/first/recipe.json            the same run again
+
+exit codes: 0 done, 1 the work failed, 2 something to change in the command or the data, 130 stopped
+"""
+
+
+def main(arguments: "list[str] | None" = None) -> int:
+    """Runs the command line and returns its exit code; `arguments` defaults to those of the process."""
+    started = time.time()
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    as_json = "--json" in words
+    words = [word for word in words if word != "--json"]
+    # What is meant for people goes to standard error when standard output belongs to the JSON document.
+    people = sys.stderr if as_json else sys.stdout
+    try:
+        if not words or words[0] in ("--help", "-h", "help"):
+            people.write(HELP)
+            return 0 if words else 2
+        if words[0] in ("--version", "version"):
+            from dynaconv import __version__
+
+            document: Any = {"version": __version__}
+            people.write(f"dynaconv {__version__}\n")
+        elif words[0] in VERBS:
+            document = VERBS[words[0]](words[1:], people, started)
+        else:
+            raise unknown("verb", words[0], VERBS)
+        if as_json:
+            sys.stdout.write(json.dumps(document, indent=2) + "\n")
+        sys.stdout.flush()
+        return 0
+    except SystemExit as end:  # a verb's --help has been printed
+        return end.code if isinstance(end.code, int) else 0
+    except DynaconvError as error:
+        sys.stderr.write(f"dynaconv: {error}\n")
+        return error.exit_code
+    except KeyboardInterrupt:
+        return 130
+    except BrokenPipeError:
+        # The reader of our output has gone; Python would complain once more when it flushes at exit.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 141
+
+
+def train(words: "list[str]", people: "TextIO", started: float) -> "dict[str, Any]":
+    """The verb `train`."""
+    from dynaconv.arguments import parse_training
+
+    recipe, run_dir = parse_training(words)
+    from dynaconv.experiment import run_experiment
+    from dynaconv.terminal import display
+
+    stop_on_sigterm()
+    say, track = display(people)
+    result = run_experiment(recipe, run_dir, say, track, started)
+    say(
+        f"Test accuracy {result['test_accuracy']:.4f} on {result['test_images']} images, read once "
+        f"(validation {result['validation_accuracy']:.4f}). Curves and pictures: {result['run_dir']}/figures"
+    )
+    return result
+
+
+def recipes(words: "list[str]", people: "TextIO", started: float) -> "list[dict[str, Any]]":
+    """The verb `recipes`."""
+    from dynaconv.recipes import RECIPES
+
+    if words and words[0] not in ("--help", "-h"):
+        raise UserError(f"`dynaconv recipes` takes no arguments, received {words[0]!r}.")
+    rows = []
+    for name, make in RECIPES.items():
+        told = (make.__doc__ or "").strip()
+        people.write(f"{name}\n  {told.replace(chr(10) + '    ', chr(10) + '  ')}\n")
+        rows.append({"name": name, "description": told})
+    return rows
+
+
+VERBS: "dict[str, Callable[[list[str], TextIO, float], Any]]" = {"train": train, "recipes": recipes}
+"""Every verb by name: a function of the words after it, the stream for people, and the time of the start."""
+
+
+def stop_on_sigterm() -> None:
+    """Makes SIGTERM end the work as Ctrl-C does: what is finished is kept, the exit code is 130."""
+    import signal
+    import threading
+
+    def stop(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    if threading.current_thread() is threading.main_thread():
+        signal.signal(signal.SIGTERM, stop)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

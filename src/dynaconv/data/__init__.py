@@ -1,0 +1,1 @@
+"""Images on their way to the network: where they come from, how they are split, augmented and batched."""

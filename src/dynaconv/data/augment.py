@@ -1,0 +1,148 @@
+"""ToTensor, RandomAffine, ColorJitter and Normalize on whole batches: drawing the parameters apart from applying them.
+
+Written here and not taken from kornia, which draws from torch's global generator and takes twice as long
+(`benchmarks/augment.py`). Same conventions as torchvision's transforms of these names; the tests compare the results
+with those of kornia's functions.
+"""
+
+import math
+from dataclasses import dataclass, fields
+
+import torch
+from torch.nn import functional
+
+from dynaconv.recipe import AugmentSettings
+
+LUMA = (0.299, 0.587, 0.114)
+"""Weights of red, green and blue in grey (ITU-R BT.601), as in torchvision."""
+
+
+@dataclass(frozen=True)
+class Draws:
+    """Parameters of the transforms, one per image: every field is (N,) float32."""
+
+    angle: torch.Tensor
+    """Rotation in radians, clockwise as seen."""
+    shift_x: torch.Tensor
+    """Shift to the right as a share of the width."""
+    shift_y: torch.Tensor
+    """Shift downwards as a share of the height."""
+    scale: torch.Tensor
+    """Zoom factor; above one enlarges."""
+    brightness: torch.Tensor
+    contrast: torch.Tensor
+    saturation: torch.Tensor
+    hue: torch.Tensor
+    """Turn of the hue circle, in turns."""
+
+    def at(self, indices: torch.Tensor) -> "Draws":
+        """Returns the parameters of the images at `indices`, (M,) int64."""
+        return Draws(**{f.name: getattr(self, f.name)[indices] for f in fields(self)})
+
+    def to(self, device: torch.device) -> "Draws":
+        """Returns the same parameters on `device`."""
+        return Draws(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
+
+
+def draw(settings: AugmentSettings, count: int, generator: torch.Generator) -> Draws:
+    """Draws the parameters for `count` images, each image on its own, uniformly from the ranges of the settings."""
+
+    def uniform(low: float, high: float) -> torch.Tensor:
+        return torch.rand(count, generator=generator) * (high - low) + low
+
+    angle = math.radians(settings.degrees)
+    return Draws(
+        angle=uniform(-angle, angle),
+        shift_x=uniform(-settings.translate, settings.translate),
+        shift_y=uniform(-settings.translate, settings.translate),
+        scale=uniform(settings.scale_min, settings.scale_max),
+        brightness=uniform(1 - settings.brightness, 1 + settings.brightness),
+        contrast=uniform(1 - settings.contrast, 1 + settings.contrast),
+        saturation=uniform(1 - settings.saturation, 1 + settings.saturation),
+        hue=uniform(-settings.hue, settings.hue),
+    )
+
+
+def to_tensor(images: torch.Tensor) -> torch.Tensor:
+    """Turns (N, C, H, W) uint8, 0 to 255, into float32, 0 to 1."""
+    return images.to(torch.float32) / 255
+
+
+def normalize(images: torch.Tensor, settings: AugmentSettings) -> torch.Tensor:
+    """Subtracts the mean and divides by the standard deviation of the settings: (0.5, 0.5) maps [0, 1] to [-1, 1]."""
+    return (images - settings.normalize_mean) / settings.normalize_std
+
+
+def augment(images: torch.Tensor, settings: AugmentSettings, draws: Draws) -> torch.Tensor:
+    """Applies RandomAffine and ColorJitter with the given parameters.
+
+    A transform whose strength is zero in the settings is skipped. Colour changes come in torchvision's canonical
+    order (brightness, contrast, saturation, hue), each clipped to [0, 1]; a random order was left out because it
+    would apply one order to a whole batch, which makes the images of a batch depend on each other.
+
+    Args:
+        images: (N, C, H, W) float, 0 to 1; C is 1 or 3. On the device of `draws`.
+        settings: Which transforms are on.
+        draws: One set of parameters per image.
+
+    Returns:
+        (N, C, H, W) float, 0 to 1. Pixels that come from outside an image are black.
+    """
+    if settings.degrees or settings.translate or settings.scale_min != 1 or settings.scale_max != 1:
+        images = affine(images, draws)
+    if settings.brightness:
+        images = (images * _per_image(draws.brightness)).clamp(0, 1)
+    if settings.contrast:
+        mean = to_grey(images).mean((1, 2, 3), keepdim=True)
+        images = torch.lerp(mean, images, _per_image(draws.contrast)).clamp(0, 1)
+    if images.shape[1] == 3 and settings.saturation:
+        images = torch.lerp(to_grey(images), images, _per_image(draws.saturation)).clamp(0, 1)
+    if images.shape[1] == 3 and settings.hue:
+        images = turn_hue(images, draws.hue)
+    return images
+
+
+def affine(images: torch.Tensor, draws: Draws) -> torch.Tensor:
+    """Zooms and rotates about the centre, then shifts; bilinear, black outside. (N, C, H, W) to the same shape."""
+    height, width = images.shape[2:]
+    cosine, sine = torch.cos(draws.angle) / draws.scale, torch.sin(draws.angle) / draws.scale
+    # The sampling grid maps each output place to its source: the inverse of shift after rotation after zoom.
+    # Grid coordinates run from -1 to 1 on both axes, so a share of the side counts twice, and rotation in an oblong
+    # image has to be corrected by the ratio of its sides.
+    right, down = 2 * draws.shift_x, 2 * draws.shift_y
+    row_x = torch.stack([cosine, sine * height / width, -cosine * right - sine * height / width * down], dim=1)
+    row_y = torch.stack([-sine * width / height, cosine, sine * width / height * right - cosine * down], dim=1)
+    grid = functional.affine_grid(torch.stack([row_x, row_y], dim=1), list(images.shape), align_corners=False)
+    return functional.grid_sample(images, grid, align_corners=False)
+
+
+def turn_hue(images: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
+    """Turns the hue by (N,) `turns` of the circle, keeping HSV's saturation and value. (N, 3, H, W), 0 to 1."""
+    red, green, blue = images.unbind(1)
+    value, low = images.amax(1), images.amin(1)
+    chroma = value - low
+    safe = chroma.clamp_min(1e-12)
+    sixth = torch.where(
+        value == red,
+        (green - blue) / safe,
+        torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
+    )
+    sixth = sixth + 6 * turns[:, None, None]
+
+    def channel(offset: int) -> torch.Tensor:
+        place = (sixth + offset) % 6
+        return value - chroma * torch.minimum(place, 4 - place).clamp(0, 1)
+
+    return torch.stack([channel(5), channel(3), channel(1)], dim=1)
+
+
+def to_grey(images: torch.Tensor) -> torch.Tensor:
+    """Returns the brightness of each pixel, (N, 1, H, W)."""
+    if images.shape[1] == 1:
+        return images
+    red, green, blue = images.split(1, dim=1)
+    return LUMA[0] * red + LUMA[1] * green + LUMA[2] * blue
+
+
+def _per_image(values: torch.Tensor) -> torch.Tensor:
+    return values[:, None, None, None]

@@ -1,0 +1,64 @@
+"""Batches: images on the device, shuffled, augmented and normalised on their way into the network."""
+
+from collections.abc import Iterator
+
+import torch
+
+from dynaconv.data.augment import augment, draw, normalize, to_tensor
+from dynaconv.data.images import ImageSet
+from dynaconv.recipe import AugmentSettings
+
+
+class Batches:
+    """An iterable of (images, labels): (B, C, H, W) float32 normalised and (B,) int64, on the device of the images.
+
+    With a seed, every pass is a new epoch: the images come in a new order and are augmented anew, both a function
+    of (seed, epoch, index of the image) alone. Without one, they come in order and only normalised.
+    The last batch holds what is left; a single image left over joins the batch before it, since batch norm in
+    training cannot work on one value.
+
+    Example:
+        >>> images = ImageSet(torch.zeros(7, 1, 8, 8, dtype=torch.uint8), torch.arange(7), tuple("abcdefg"), "zeros")
+        >>> [len(labels) for _, labels in Batches(images, 3, AugmentSettings())]
+        [3, 4]
+    """
+
+    def __init__(self, images: ImageSet, batch_size: int, settings: AugmentSettings, seed: int | None = None) -> None:
+        """Prepares batches of `batch_size` images (at least 1); a `seed` makes them training batches."""
+        self.images = images
+        self.batch_size = batch_size
+        self.settings = settings
+        self.seed = seed
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        """Number of batches in a pass."""
+        return len(self._sizes())
+
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+        """Starts a pass; with a seed, the next epoch."""
+        device = self.images.images.device
+        if self.seed is None:
+            order, draws = torch.arange(len(self.images)), None
+        else:
+            generator = epoch_generator(self.seed, self.epoch)
+            self.epoch += 1
+            order = torch.randperm(len(self.images), generator=generator)
+            draws = draw(self.settings, len(self.images), generator).to(device)
+        for indices in order.to(device).split(self._sizes()):
+            batch = to_tensor(self.images.images[indices])
+            if draws is not None:
+                batch = augment(batch, self.settings, draws.at(indices))
+            yield normalize(batch, self.settings), self.images.labels[indices]
+
+    def _sizes(self) -> list[int]:
+        full, rest = divmod(len(self.images), self.batch_size)
+        if rest == 1 and full:
+            return [self.batch_size] * (full - 1) + [self.batch_size + 1]
+        return [self.batch_size] * full + ([rest] if rest else [])
+
+
+def epoch_generator(seed: int, epoch: int) -> torch.Generator:
+    """Returns a CPU generator that depends on the seed and the epoch (from 0) alone."""
+    # Seeds that differ by one must not give streams that differ by one epoch: the product keeps them apart.
+    return torch.Generator().manual_seed((seed * 1_000_003 + epoch * 7_919 + 1) % 2**63)

@@ -1,0 +1,109 @@
+"""The machine: which device, how many threads, the memory allocator, and the record of all of it."""
+
+import ctypes
+import importlib.metadata
+import os
+import platform
+import resource
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dynaconv.errors import UserError
+
+
+def pick_device(wanted: str) -> torch.device:
+    """Returns the device for "auto" (CUDA, else MPS, else CPU) or the one named.
+
+    Raises:
+        UserError: the named device is not there.
+    """
+    there = {"cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available(), "cpu": True}
+    if wanted == "auto":
+        return torch.device(next(name for name, present in there.items() if present))
+    if not there[wanted]:
+        raise UserError(f"--device {wanted} is not there on this machine; leave it out to take what is.")
+    return torch.device(wanted)
+
+
+def use_threads(wanted: int) -> int:
+    """Sets torch's CPU threads; 0 takes one per core that this process may use. Returns the number set."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    torch.set_num_threads(wanted or cores)
+    return torch.get_num_threads()
+
+
+def keep_freed_memory() -> bool:
+    """Makes glibc keep freed buffers instead of returning them to the system. Returns whether it could be set.
+
+    By default every large tensor is given back when freed and faulted in again page by page in the next step: a third
+    of the CPU time of a training step. Does nothing where the C library is not glibc.
+    """
+    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # names of the parameters in glibc's malloc.h
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+    except (OSError, AttributeError, TypeError):
+        return False
+    settings = {mmap_threshold: 2**30, trim_threshold: 2**30, top_pad: 64 * 2**20}
+    return all(mallopt(name, value) == 1 for name, value in settings.items())
+
+
+def peak_memory_bytes() -> int:
+    """Returns the largest resident memory of this process so far, in bytes."""
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def describe_environment(device: torch.device) -> dict[str, Any]:
+    """Returns what a run should be repeatable from: versions, device, threads, precision, commit, command line."""
+    packages = ("dynaconv", "torch", "numpy", "pillow", "pyarrow", "scikit-learn", "matplotlib", "safetensors")
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {name: _version(name) for name in packages},
+        "device": str(device),
+        "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "precision": "float32",
+        "commit": _commit(),
+        "command": sys.argv,
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+def _commit() -> str | None:
+    """The commit of the checkout that this package runs from, with "-dirty" behind it if it was changed since."""
+    folder = Path(__file__).parent
+    try:
+        tracked = subprocess.run(
+            ["git", "-C", folder, "ls-files", "--error-unmatch", __file__], capture_output=True, timeout=10
+        )
+        if tracked.returncode:
+            return None  # installed inside some other project's checkout, whose commit says nothing about this package
+        described = subprocess.run(
+            ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=12"],
+            capture_output=True,
+            text=True,
+            timeout=10,
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return described.stdout.strip() or None

@@ -1,0 +1,267 @@
+"""A whole run: images in, a trained and judged classifier out, with everything that its folder holds."""
+
+import contextlib
+import dataclasses
+import os
+import time
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+
+from dynaconv.data.batches import Batches
+from dynaconv.data.images import ImageSet
+from dynaconv.data.sources import SourceOptions, load_images, resolve
+from dynaconv.data.split import Split, split_stratified
+from dynaconv.device import describe_environment, keep_freed_memory, peak_memory_bytes, pick_device, use_threads
+from dynaconv.errors import UserError, WorkError
+from dynaconv.judging.evaluate import Evaluation, evaluate
+from dynaconv.model.network import Network, build_network
+from dynaconv.recipe import Recipe, with_settings
+from dynaconv.reporting.events import EventWriter
+from dynaconv.reporting.figures import draw_curves, draw_grid, save_figure
+from dynaconv.rundir import RESULT, RunDir
+from dynaconv.training.loop import Batch, DivergedError, Epoch, fit
+
+
+class Track(Protocol):
+    """Shows the progress of a pass over batches."""
+
+    def __call__(self, batches: Iterable[Batch], total: int) -> Iterable[Batch]:
+        """Yields the batches unchanged; `total` is their number."""
+        ...
+
+
+def _untracked(batches: Iterable[Batch], total: int) -> Iterable[Batch]:
+    return batches
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The training images of a run on its device, split.
+
+    Attributes:
+        source: The source that was read, never "auto".
+        train: Images that train.
+        validation: Images that validate.
+        split: Where both stand among the source's training images.
+        sha256: Hash of all training images of the source, before the split.
+    """
+
+    source: str
+    train: ImageSet
+    validation: ImageSet
+    split: Split
+    sha256: str
+
+
+def load_training_data(recipe: Recipe, device: torch.device, say: Callable[[str], None]) -> TrainingData:
+    """Reads the training images of the recipe's source and splits them; never opens the test split.
+
+    Raises:
+        UserError: the source is not there or holds what cannot be trained on.
+    """
+    options = source_options(recipe, say)
+    source = resolve(recipe.data.source, options)
+    images = load_images(source, "train", options)
+    split = split_stratified(
+        images.labels, recipe.data.validation_fraction, recipe.data.split_seed, recipe.data.max_train_images
+    )
+    if len(split.train) < recipe.train.batch_size:
+        raise UserError(
+            f"--batch-size {recipe.train.batch_size} is more than the {len(split.train)} training images of "
+            f"{images.description}; set --batch-size {max(2, len(split.train))} or less, or add images."
+        )
+    return TrainingData(
+        source=source,
+        train=images.subset(split.train).to(device),
+        validation=images.subset(split.validation).to(device),
+        split=split,
+        sha256=images.sha256(),
+    )
+
+
+def source_options(recipe: Recipe, say: Callable[[str], None]) -> SourceOptions:
+    """Returns how the recipe wants its images read."""
+    return SourceOptions(
+        image_size=recipe.data.image_size,
+        channels=recipe.data.channels,
+        on_bad_file=recipe.data.on_bad_file,
+        offline=recipe.data.offline,
+        notify=say,
+    )
+
+
+def run_experiment(
+    recipe: Recipe,
+    path: Path | None = None,
+    say: Callable[[str], None] = print,
+    track: Track = _untracked,
+    started: float | None = None,
+) -> dict[str, Any]:
+    """Trains, judges and draws; leaves the folder of the run.
+
+    The test split is opened once, after the training has ended.
+
+    Args:
+        recipe: All settings.
+        path: Folder of the run, made here; None takes runs/RECIPE-TIME.
+        say: Shows a line to the user.
+        track: Shows progress within an epoch.
+        started: When the process began, by `time.time()`; None for now.
+
+    Returns:
+        What result.json holds, with the folder under "run_dir".
+
+    Raises:
+        UserError: something that the user must change; before any training wherever it can be known then.
+        WorkError: the loss became NaN. The weights of the last good epoch are kept.
+    """
+    started = time.time() if started is None else started
+    keep_freed_memory()
+    device = pick_device(recipe.train.device)
+    use_threads(recipe.train.threads)
+    path = path or Path("runs") / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
+    RunDir.require_free(path)
+    data = load_training_data(recipe, device, say)
+    recipe = with_settings(recipe, source=data.source)
+    images = data.train.images
+    model = build_network(
+        recipe.model, images.shape[1], len(data.train.classes), images.shape[2], seed=recipe.train.seed
+    ).to(device)
+    run = RunDir.create(path)
+    _write_beginning(run, recipe, data, model, device)
+    say(f"{data.train.description}: {len(data.train)} training and {len(data.validation)} validation images.")
+    say(f"Training {recipe.name} on {device} ({torch.get_num_threads()} threads) into {path}")
+
+    training_started = time.time()
+    history = _train(run, recipe, data, model, device, say, track)
+    say(f"Training finished in {time.time() - training_started:.2f} seconds")
+
+    validation = evaluate(model, data.validation, recipe)
+    train_seconds_without_test = time.time() - training_started
+    options = source_options(recipe, say)
+    test_images = load_images(data.source, "test", options).with_classes(data.train.classes).to(device)
+    test_started = time.time()
+    test = evaluate(model, test_images, recipe)
+    train_seconds = train_seconds_without_test + time.time() - test_started
+    _draw(run, recipe, history, test_images, test)
+
+    result = {
+        "recipe": recipe.name,
+        "seed": recipe.train.seed,
+        "source": data.source,
+        "data_sha256": data.sha256,
+        "train_images": len(data.train),
+        "train_accuracy": history[-1].training_accuracy,
+        "train_loss": history[-1].training_loss,
+        "validation_accuracy": validation.accuracy,
+        "validation_loss": validation.loss,
+        "test_accuracy": test.accuracy,
+        "test_loss": test.loss,
+        "test_images": len(test_images),
+        "test_looks": 1,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "train_seconds": train_seconds,
+        "startup_seconds": training_started - started,
+        "wall_seconds": time.time() - started,
+        "images_per_second": sum(epoch.images_per_second for epoch in history) / len(history),
+        "peak_memory_bytes": peak_memory_bytes(),
+    }
+    run.write_json(RESULT, result)
+    return {**result, "run_dir": str(path)}
+
+
+def _write_beginning(run: RunDir, recipe: Recipe, data: TrainingData, model: Network, device: torch.device) -> None:
+    """Writes all that is known before the first step, the untrained weights included."""
+    run.write_recipe(recipe)
+    run.write_json("environment.json", {**describe_environment(device), "data_sha256": data.sha256})
+    run.write_json(
+        "split.json",
+        {
+            "seed": data.split.seed,
+            "validation": data.split.validation.tolist(),
+            "num_train": len(data.split.train),
+            "max_train_images": recipe.data.max_train_images,
+        },
+    )
+    images = data.train.images
+    run.write_json(
+        "model.json",
+        {
+            "architecture": dataclasses.asdict(recipe.model),
+            "classes": list(data.train.classes),
+            "channels": images.shape[1],
+            "image_size": images.shape[2],
+            "normalize_mean": recipe.augment.normalize_mean,
+            "normalize_std": recipe.augment.normalize_std,
+        },
+    )
+    run.write_weights(model.state_dict())
+
+
+def _train(
+    run: RunDir,
+    recipe: Recipe,
+    data: TrainingData,
+    model: Network,
+    device: torch.device,
+    say: Callable[[str], None],
+    track: Track,
+) -> list[Epoch]:
+    """Fits the model, and writes metrics and weights after every epoch."""
+    training = Batches(data.train, recipe.train.batch_size, recipe.augment, seed=recipe.train.seed)
+    validation = Batches(data.validation, recipe.evaluate.evaluation_batch_size, recipe.augment)
+    epochs = recipe.train.epochs
+    finished = 0
+
+    def on_epoch(epoch: Epoch) -> None:
+        nonlocal finished
+        finished = epoch.epoch
+        metrics = dataclasses.asdict(epoch)
+        run.append_metrics(metrics)
+        run.write_weights(model.state_dict())
+        events.write(metrics)
+        if epoch.epoch % recipe.train.log_every == 0 or epoch.epoch == epochs:
+            say(epoch.line(epochs))
+
+    with contextlib.closing(EventWriter(run.tensorboard)) as events:
+        try:
+            return fit(model, _Tracked(training, track), validation, recipe, device, on_epoch)
+        except DivergedError as error:
+            kept = f"the weights of epoch {finished}" if finished else "the untrained weights"
+            raise WorkError(
+                f"{error} of epoch {finished + 1}. {kept.capitalize()} are kept in {run.path}. "
+                f"Try a smaller --learning-rate than {recipe.optim.learning_rate:g}."
+            ) from error
+        except KeyboardInterrupt:
+            kept = f"the weights of epoch {finished}" if finished else "the untrained weights"
+            say(f"Stopped in epoch {finished + 1} of {epochs}; {kept} are kept in {run.path}.")
+            raise
+
+
+class _Tracked:
+    """Batches whose every pass is shown as progress."""
+
+    def __init__(self, batches: Batches, track: Track) -> None:
+        self._batches, self._track = batches, track
+
+    def __iter__(self) -> Any:
+        return iter(self._track(self._batches, len(self._batches)))
+
+
+def _draw(run: RunDir, recipe: Recipe, history: list[Epoch], images: ImageSet, evaluation: Evaluation) -> None:
+    """Draws the curves, and random test images with predicted and actual class."""
+    save_figure(draw_curves([dataclasses.asdict(epoch) for epoch in history]), run.figure("curves"))
+    count = min(recipe.evaluate.num_grid_images, len(images))
+    if count == 0:
+        return
+    generator = torch.Generator().manual_seed(recipe.train.seed)
+    chosen = torch.randperm(len(images), generator=generator)[:count]
+    predicted = [images.classes[index] for index in evaluation.predictions[chosen].tolist()]
+    actual = [images.classes[index] for index in evaluation.labels[chosen].tolist()]
+    right = sum(guess == truth for guess, truth in zip(predicted, actual, strict=True))
+    title = f"{count} random test images, {right} right (of all {len(images)}: {evaluation.accuracy:.2%})"
+    save_figure(draw_grid(images.images[chosen.to(images.images.device)], predicted, actual, title), run.figure("grid"))

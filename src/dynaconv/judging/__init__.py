@@ -1,0 +1,1 @@
+"""Judging: how good a trained network is on a split."""

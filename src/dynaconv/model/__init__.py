@@ -1,0 +1,1 @@
+"""The network: the K-convolution mixture and what is built from it."""

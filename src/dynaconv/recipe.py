@@ -1,0 +1,325 @@
+"""The typed settings of a run: what a Recipe is, what it refuses, and its JSON form. Imports no torch."""
+
+import dataclasses
+import json
+import math
+import types
+import typing
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from dynaconv.errors import UserError, unknown
+
+FORMAT = 1
+"""Version of the JSON form. A file with another version is refused by name, never guessed at."""
+
+
+def _require(condition: bool, sentence: str) -> None:
+    if not condition:
+        raise UserError(sentence)
+
+
+def _require_range(name: str, value: float, low: float, high: float, unit: str = "") -> None:
+    _require(
+        math.isfinite(value) and low <= value <= high,
+        f"--{name.replace('_', '-')} must be from {low:g} to {high:g}{unit}, received {value:g}.",
+    )
+
+
+def _require_count(name: str, value: int, at_least: int = 1) -> None:
+    _require(
+        value >= at_least,
+        f"--{name.replace('_', '-')} must be at least {at_least}, received {value}.",
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataSettings:
+    """Where the images come from and how the training images are split."""
+
+    source: str = "auto"
+    """cifar10, digits, auto, a folder, a .parquet, .csv or .npz file, or hf:OWNER/NAME. `--data` for short."""
+    validation_fraction: float = 0.1
+    """Share of the training images held out for validation, 0.01 to 0.5, the same in every class."""
+    split_seed: int = 0
+    """Seed of that choice. Runs that are to be compared share it."""
+    image_size: int | None = None
+    """Height and width in pixels, 4 to 512; images of another size are resized. None keeps the source's size."""
+    channels: int | None = None
+    """1 (grey) or 3 (RGB). None keeps the source's own form."""
+    on_bad_file: Literal["stop", "skip"] = "stop"
+    """What a file that cannot be read does: stop before any work, or be left out and named."""
+    max_train_images: int | None = None
+    """Use only this many training images, the same share of every class; None uses all. For short trials."""
+    offline: bool = False
+    """Never look anything up on the network. `HF_HUB_OFFLINE=1` does the same."""
+
+    def __post_init__(self) -> None:
+        """Refuses impossible values."""
+        _require(bool(self.source.strip()), "--data needs a source, received an empty one.")
+        _require_range("validation_fraction", self.validation_fraction, 0.01, 0.5)
+        _require_count("split_seed", self.split_seed, 0)
+        if self.image_size is not None:
+            _require_range("image_size", self.image_size, 4, 512, " pixels")
+        _require(self.channels in (None, 1, 3), f"--channels must be 1 or 3, received {self.channels}.")
+        if self.max_train_images is not None:
+            _require_count("max_train_images", self.max_train_images, 2)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AugmentSettings:
+    """The transforms of the training images, drawn anew for every image, and the normalisation of all images.
+
+    Order: RandomAffine, ColorJitter, Normalize. Zero strength switches a transform off.
+    """
+
+    degrees: float = 10.0
+    """RandomAffine: rotation is drawn from [-degrees, degrees], 0 to 180 degrees."""
+    translate: float = 0.1
+    """RandomAffine: shift per axis is drawn from [-translate, translate] times the side, 0 to 0.5."""
+    scale_min: float = 0.9
+    """RandomAffine: smallest zoom factor, 0.25 to 4."""
+    scale_max: float = 1.1
+    """RandomAffine: largest zoom factor, scale_min to 4."""
+    brightness: float = 0.1
+    """ColorJitter: factor is drawn from [1 - brightness, 1 + brightness], 0 to 1."""
+    contrast: float = 0.1
+    """ColorJitter: factor is drawn from [1 - contrast, 1 + contrast], 0 to 1."""
+    saturation: float = 0.1
+    """ColorJitter: factor is drawn from [1 - saturation, 1 + saturation], 0 to 1. Colour images only."""
+    hue: float = 0.02
+    """ColorJitter: turn of the hue circle is drawn from [-hue, hue], 0 to 0.5 of a full turn. Colour images only."""
+    normalize_mean: float = 0.5
+    """Normalize: subtracted from every channel after scaling to [0, 1]."""
+    normalize_std: float = 0.5
+    """Normalize: what every channel is then divided by, above 0."""
+
+    def __post_init__(self) -> None:
+        """Refuses impossible values."""
+        _require_range("degrees", self.degrees, 0, 180, " degrees")
+        _require_range("translate", self.translate, 0, 0.5)
+        _require_range("scale_min", self.scale_min, 0.25, 4)
+        _require_range("scale_max", self.scale_max, self.scale_min, 4)
+        for name in ("brightness", "contrast", "saturation"):
+            _require_range(name, getattr(self, name), 0, 1)
+        _require_range("hue", self.hue, 0, 0.5)
+        _require_range("normalize_mean", self.normalize_mean, -1, 2)
+        _require_range("normalize_std", self.normalize_std, 1e-3, 10)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelSettings:
+    """The network: a backbone of N blocks B_1..B_N and a classifier."""
+
+    widths: tuple[int, ...] = (24, 32, 32, 64, 64, 128, 128)
+    """Output channels of each block; their number is N. 1 to 64 blocks, 1 to 4096 channels."""
+    num_convolutions: tuple[int, ...] = (4, 4, 4, 2, 2, 2, 2)
+    """K, the convolutions mixed in a block: one number for all blocks or one per block, 1 to 64."""
+    pool_after: tuple[int, ...] = (1, 3, 5)
+    """Blocks (counted from 1) whose output map is halved by a 2x2 max-pooling."""
+    kernel_sizes: tuple[int, ...] = (3, 1)
+    """Sides of the mixed convolutions in pixels, odd, 1 to 11; taken in turn, so `3 1` mixes 3x3 with 1x1."""
+    mixture_form: Literal["auto", "literal", "concatenated", "grouped"] = "auto"
+    """How the mixture is computed. All forms give the same result; auto picks the cheaper per block."""
+
+    def __post_init__(self) -> None:
+        """Refuses impossible values."""
+        _require(1 <= len(self.widths) <= 64, f"--widths needs 1 to 64 numbers, received {len(self.widths)}.")
+        for width in self.widths:
+            _require_range("widths", width, 1, 4096, " channels")
+        _require(
+            len(self.num_convolutions) in (1, len(self.widths)),
+            f"--num-convolutions needs one number or one for each of the {len(self.widths)} blocks, "
+            f"received {len(self.num_convolutions)}.",
+        )
+        for count in self.num_convolutions:
+            _require_range("num_convolutions", count, 1, 64)
+        for place in self.pool_after:
+            _require_range("pool_after", place, 1, len(self.widths), " (the number of blocks)")
+        _require(
+            len(set(self.pool_after)) == len(self.pool_after),
+            f"--pool-after names a block twice: {' '.join(map(str, self.pool_after))}.",
+        )
+        _require(len(self.kernel_sizes) > 0, "--kernel-sizes needs at least one number, received none.")
+        for side in self.kernel_sizes:
+            _require(
+                side % 2 == 1 and 1 <= side <= 11, f"--kernel-sizes must be odd and from 1 to 11, received {side}."
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimSettings:
+    """Adam on the cross-entropy, its rate following half a cosine from `learning_rate` to zero."""
+
+    learning_rate: float = 1e-3
+    """Adam's rate in the first epoch, above 0 and up to 1."""
+
+    def __post_init__(self) -> None:
+        """Refuses impossible values."""
+        _require(
+            0 < self.learning_rate <= 1,
+            f"--learning-rate must be above 0 and at most 1, received {self.learning_rate:g}.",
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainSettings:
+    """How long and on what the training runs."""
+
+    epochs: int = 50
+    """Passes over the training images, at least 1."""
+    batch_size: int = 75
+    """Images whose gradients are computed at once, at least 2 (batch norm needs two)."""
+    accumulation_steps: int = 1
+    """Batches whose gradients are added up before one update, at least 1. One update then sees
+    batch_size * accumulation_steps images."""
+    seed: int = 0
+    """Seed of the initial weights, the order of the images and the augmentation."""
+    log_every: int = 1
+    """Epochs between two log lines, at least 1. The last epoch is always logged."""
+    device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
+    """auto takes CUDA if there is one, else MPS, else the CPU."""
+    threads: int = 0
+    """CPU threads; 0 takes one per core that this process may use."""
+
+    def __post_init__(self) -> None:
+        """Refuses impossible values."""
+        _require_count("epochs", self.epochs)
+        _require_count("batch_size", self.batch_size, 2)
+        _require_count("accumulation_steps", self.accumulation_steps)
+        _require_range("seed", self.seed, 0, 2**63 - 1)
+        _require_count("log_every", self.log_every)
+        _require_range("threads", self.threads, 0, 1024)
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateSettings:
+    """How the validation and test splits are judged."""
+
+    evaluation_batch_size: int = 50
+    """Images judged at once, at least 1. Changes speed and memory, never the result beyond rounding."""
+    num_grid_images: int = 20
+    """Random test images drawn with predicted and actual class, 0 to 100; 0 draws none."""
+
+    def __post_init__(self) -> None:
+        """Refuses impossible values."""
+        _require_count("evaluation_batch_size", self.evaluation_batch_size)
+        _require_range("num_grid_images", self.num_grid_images, 0, 100)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Every setting of a run. Immutable; a variant is made with `dataclasses.replace` or `with_settings`."""
+
+    name: str = "custom"
+    """Name of the recipe this one started from."""
+    data: DataSettings = field(default_factory=DataSettings)
+    augment: AugmentSettings = field(default_factory=AugmentSettings)
+    model: ModelSettings = field(default_factory=ModelSettings)
+    optim: OptimSettings = field(default_factory=OptimSettings)
+    train: TrainSettings = field(default_factory=TrainSettings)
+    evaluate: EvaluateSettings = field(default_factory=EvaluateSettings)
+
+
+GROUPS: dict[str, type] = {
+    "data": DataSettings,
+    "augment": AugmentSettings,
+    "model": ModelSettings,
+    "optim": OptimSettings,
+    "train": TrainSettings,
+    "evaluate": EvaluateSettings,
+}
+"""The groups of a Recipe, in the order in which they are shown. Setting names are unique across groups."""
+
+
+def with_settings(recipe: Recipe, **settings: Any) -> Recipe:
+    """Returns the recipe with some settings replaced, each named without its group.
+
+    Raises:
+        UserError: a name is not a setting (nearest names are offered), or a value is impossible.
+
+    Example:
+        >>> with_settings(Recipe(), epochs=3, degrees=0.0).train.epochs
+        3
+    """
+    owner = {f.name: group for group, kind in GROUPS.items() for f in dataclasses.fields(kind)}
+    changes: dict[str, dict[str, Any]] = {}
+    for name, value in settings.items():
+        if name not in owner:
+            raise unknown("setting", name, owner)
+        changes.setdefault(owner[name], {})[name] = value
+    return dataclasses.replace(
+        recipe,
+        **{group: dataclasses.replace(getattr(recipe, group), **values) for group, values in changes.items()},
+    )
+
+
+def to_json(recipe: Recipe) -> str:
+    """Writes every setting, defaults included, as indented JSON."""
+    return json.dumps({"format": FORMAT, **dataclasses.asdict(recipe)}, indent=2) + "\n"
+
+
+def from_json(text: str, where: str) -> Recipe:
+    """Reads what `to_json` wrote.
+
+    Args:
+        text: The JSON text.
+        where: Name of the file, for the error message.
+
+    Raises:
+        UserError: not JSON, another format version, an unknown or missing setting, a wrong type or value.
+    """
+    try:
+        document = json.loads(text)
+    except (json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"{where} is not a recipe: it is not valid JSON ({error}).") from error
+    if not isinstance(document, dict) or document.pop("format", None) != FORMAT:
+        raise UserError(f"{where} is not a recipe of format {FORMAT}; write one with this version of dynaconv.")
+    parts: dict[str, Any] = {}
+    for group, content in document.items():
+        if group == "name":
+            parts["name"] = str(content)
+        elif group not in GROUPS:
+            raise unknown(f"group of settings in {where}:", group, GROUPS)
+        elif not isinstance(content, dict):
+            raise UserError(f"{where}: {group} must hold settings, received {content!r}.")
+        else:
+            parts[group] = _read_group(GROUPS[group], content, where)
+    return Recipe(**parts)
+
+
+def load_recipe(path: Path) -> Recipe:
+    """Reads a recipe.json; raises UserError if it cannot be read or is not one."""
+    try:
+        text = path.read_text(encoding="utf-8")
+    except (OSError, UnicodeDecodeError) as error:
+        raise UserError(f"The recipe {path} cannot be read: {error}.") from error
+    return from_json(text, str(path))
+
+
+def _read_group(kind: type, content: dict[str, Any], where: str) -> Any:
+    hints = typing.get_type_hints(kind)
+    values: dict[str, Any] = {}
+    for name, value in content.items():
+        if name not in hints:
+            raise unknown(f"setting in {where}:", name, hints)
+        if not _fits(value, hints[name]):
+            raise UserError(f"{where}: {name} has the wrong type, received {value!r}.")
+        values[name] = tuple(value) if isinstance(value, list) else value
+    return kind(**values)
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return value in arguments
+    if origin in (types.UnionType, typing.Union):
+        return any(_fits(value, option) for option in arguments)
+    if origin is tuple:
+        return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
+    if hint is type(None):
+        return value is None
+    if hint is float:
+        return isinstance(value, int | float) and not isinstance(value, bool)
+    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))

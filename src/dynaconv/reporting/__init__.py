@@ -1,0 +1,1 @@
+"""Reporting: what a run looks like. Reads what the run has made; nothing below this floor knows of it."""

@@ -1,0 +1,80 @@
+"""The figures of a run: curves of loss and accuracy, and a grid of pictures with predicted and actual class."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from dynaconv.files import writing_whole
+
+TRAINING, VALIDATION = "#0072B2", "#D55E00"
+"""Blue and vermilion of the Okabe-Ito palette, which people with any colour vision can tell apart."""
+
+
+def draw_curves(history: Sequence[dict[str, Any]]) -> Figure:
+    """Draws loss and accuracy of both splits over the epochs.
+
+    Args:
+        history: One dictionary per epoch, as in metrics.jsonl; at least one.
+    """
+    figure = Figure(figsize=(10, 4), layout="constrained")
+    epochs = [epoch["epoch"] for epoch in history]
+    for axes, quantity, title in zip(
+        figure.subplots(1, 2), ("loss", "accuracy"), ("Cross-entropy per image", "Accuracy"), strict=True
+    ):
+        # Marker and dash tell the curves apart without colour; markers only where they do not run into each other.
+        marked = {"markevery": max(1, len(epochs) // 12), "markersize": 4}
+        training = [epoch[f"training_{quantity}"] for epoch in history]
+        validation = [epoch[f"validation_{quantity}"] for epoch in history]
+        axes.plot(epochs, training, "--o", color=TRAINING, label="training (on augmented images)", **marked)
+        axes.plot(epochs, validation, "-s", color=VALIDATION, label="validation", **marked)
+        axes.set(title=title, xlabel="epoch")
+        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+        axes.grid(alpha=0.3)
+        axes.legend()
+    return figure
+
+
+def draw_grid(
+    images: torch.Tensor, predicted: Sequence[str], actual: Sequence[str], title: str, columns: int = 5
+) -> Figure:
+    """Draws pictures with their predicted and actual class.
+
+    A wrong prediction is marked by a cross, a thick frame and words, not by colour alone.
+
+    Args:
+        images: (N, C, H, W) uint8, at least one.
+        predicted: N class names.
+        actual: N class names.
+        title: Line above the grid.
+        columns: Pictures in a row.
+    """
+    columns = min(columns, len(images))
+    rows = -(-len(images) // columns)
+    figure = Figure(figsize=(2.1 * columns, 2.45 * rows + 0.5), layout="constrained")
+    figure.suptitle(title)
+    grid: list[Axes] = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for axes in grid:
+        axes.set(xticks=[], yticks=[])
+        axes.axis("off")
+    for axes, image, guess, truth in zip(grid, images.cpu(), predicted, actual, strict=False):
+        right = guess == truth
+        axes.axis("on")
+        pixels = image.permute(1, 2, 0).expand(-1, -1, 3) if image.shape[0] == 1 else image.permute(1, 2, 0)
+        axes.imshow(pixels.numpy(), interpolation="nearest")
+        colour = TRAINING if right else VALIDATION
+        mark = "✓" if right else "✗ WRONG"
+        axes.set_title(f"{mark}\npredicted {guess}\nactual {truth}", fontsize=8, color="black")
+        for spine in axes.spines.values():
+            spine.set(color=colour, linewidth=1 if right else 4, linestyle="-" if right else (0, (2, 1)))
+    return figure
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Writes a figure as PNG, whole or not at all."""
+    with writing_whole(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")

@@ -1,0 +1,117 @@
+"""A run's folder: the only place that knows its files, their names and forms."""
+
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dynaconv.errors import UserError
+from dynaconv.files import writing_whole
+from dynaconv.recipe import Recipe, load_recipe, to_json
+
+if TYPE_CHECKING:
+    import torch
+
+METRICS, WEIGHTS, RESULT = "metrics.jsonl", "model.safetensors", "result.json"
+
+
+class RunDir:
+    """Reads and writes the files of one run."""
+
+    def __init__(self, path: Path) -> None:
+        """Points at a run's folder; `create` makes it, `open` checks that it is there."""
+        self.path = path
+
+    @classmethod
+    def create(cls, path: Path) -> "RunDir":
+        """Makes the folder of a new run.
+
+        Raises:
+            UserError: it exists and holds something, or cannot be made.
+        """
+        cls.require_free(path)
+        try:
+            path.mkdir(parents=True, exist_ok=True)
+            (path / "figures").mkdir(exist_ok=True)
+        except OSError as error:
+            raise UserError(f"The run folder {path} cannot be made: {error.strerror or error}.") from error
+        return cls(path)
+
+    @staticmethod
+    def require_free(path: Path) -> None:
+        """Raises UserError if `path` holds anything: a run is never overwritten."""
+        try:
+            taken = path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir())))
+        except OSError as error:
+            raise UserError(f"The run folder {path} cannot be read: {error.strerror or error}.") from error
+        if taken:
+            raise UserError(f"The run folder {path} exists already; name another with --run-dir or remove it.")
+
+    @classmethod
+    def open(cls, path: Path) -> "RunDir":
+        """Opens the folder of a run that exists; raises UserError if it is not one."""
+        if not (path / "recipe.json").is_file():
+            raise UserError(f"{path} is not the folder of a run: it has no recipe.json.")
+        return cls(path)
+
+    def write_json(self, name: str, document: Any) -> None:
+        """Writes a JSON document, whole or not at all."""
+        with writing_whole(self.path / name) as temporary:
+            temporary.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+
+    def read_json(self, name: str) -> Any:
+        """Reads a JSON document of the run; raises UserError if it is missing or damaged."""
+        path = self.path / name
+        try:
+            return json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as error:
+            raise UserError(f"{path} cannot be read ({error}); the run did not get that far or was altered.") from error
+
+    def write_recipe(self, recipe: Recipe) -> None:
+        """Writes recipe.json."""
+        with writing_whole(self.path / "recipe.json") as temporary:
+            temporary.write_text(to_json(recipe), encoding="utf-8")
+
+    def read_recipe(self) -> Recipe:
+        """Reads recipe.json."""
+        return load_recipe(self.path / "recipe.json")
+
+    def append_metrics(self, epoch: dict[str, Any]) -> None:
+        """Adds one epoch to metrics.jsonl."""
+        try:
+            with (self.path / METRICS).open("a", encoding="utf-8") as file:
+                file.write(json.dumps(epoch) + "\n")
+        except OSError as error:
+            raise UserError(f"{self.path / METRICS} cannot be written: {error.strerror or error}.") from error
+
+    def read_metrics(self) -> list[dict[str, Any]]:
+        """Reads metrics.jsonl, one dictionary per epoch."""
+        try:
+            return [json.loads(line) for line in (self.path / METRICS).read_text(encoding="utf-8").splitlines()]
+        except (OSError, ValueError) as error:
+            raise UserError(f"{self.path / METRICS} cannot be read: {error}.") from error
+
+    def write_weights(self, tensors: "dict[str, torch.Tensor]") -> None:
+        """Writes model.safetensors: named tensors, nothing that could be run."""
+        from safetensors.torch import save_file
+
+        with writing_whole(self.path / WEIGHTS) as temporary:
+            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+
+    def read_weights(self) -> "dict[str, torch.Tensor]":
+        """Reads model.safetensors; raises UserError if it is missing or damaged."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load_file
+
+        try:
+            return load_file(self.path / WEIGHTS)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"{self.path / WEIGHTS} cannot be read: {error}.") from error
+
+    def figure(self, name: str) -> Path:
+        """Returns where the figure `name` (without ending) lies."""
+        return self.path / "figures" / f"{name}.png"
+
+    @property
+    def tensorboard(self) -> Path:
+        """Folder of the TensorBoard events."""
+        return self.path / "tensorboard"

@@ -1,0 +1,1 @@
+"""Training: the epochs, the optimiser and its schedule."""

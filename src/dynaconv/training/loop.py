@@ -1,0 +1,231 @@
+"""The training loop: one training epoch, one validation epoch, and `fit`, which alternates them."""
+
+import math
+import time
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass
+from itertools import islice
+from typing import NamedTuple
+
+import torch
+from torch import nn
+
+from dynaconv.errors import WorkError
+from dynaconv.recipe import Recipe
+from dynaconv.training.optim import build_optimizer, build_schedule
+
+Batch = tuple[torch.Tensor, torch.Tensor]
+"""(images, labels): (B, C, H, W) float and (B,) int64."""
+
+
+class Average(NamedTuple):
+    """What an epoch returns: both figures are averages over images, not over batches."""
+
+    loss: float
+    """Mean cross-entropy per image, in nats."""
+    accuracy: float
+    """Share of images whose largest logit is that of their class, 0 to 1."""
+
+
+class DivergedError(WorkError):
+    """The loss became NaN or infinite."""
+
+    def __init__(self, step: int, loss: float) -> None:
+        """Records the optimiser step of the epoch (from 1) and the loss seen there."""
+        super().__init__(f"The loss became {loss} at step {step}")
+        self.step = step
+
+
+class _Sums:
+    """Running sums on the device, read once at the end, so that an accelerator is never waited for."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.loss = torch.zeros((), dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
+        self.correct = torch.zeros((), dtype=torch.int64, device=device)
+        self.images = 0
+
+    def add(self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
+        self.loss += loss.detach() * len(labels)
+        self.correct += (logits.detach().argmax(1) == labels).sum()
+        self.images += len(labels)
+
+    def average(self) -> Average:
+        if self.images == 0:
+            raise ValueError("an epoch needs at least one batch, received none")
+        return Average(self.loss.item() / self.images, self.correct.item() / self.images)
+
+
+def training_epoch(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+    accumulation_steps: int = 1,
+) -> Average:
+    """Trains on every batch once.
+
+    The gradients of `accumulation_steps` batches are added up before one update, each batch weighted by its share of
+    the window's images: the update is that of one batch as large as the window, the last, shorter window included.
+    (Batch norm still sees each batch on its own.)
+
+    Args:
+        model: Maps (B, C, H, W) to (B, classes) logits; left in training mode.
+        batches: Pairs of images and labels, on any device.
+        criterion: Mean loss of (logits, labels) over the batch, a scalar.
+        optimizer: Over the model's parameters.
+        device: Where the model is.
+        accumulation_steps: Batches per update, at least 1.
+
+    Returns:
+        Loss and accuracy averaged over images, as the network saw them: augmented, and before each update.
+
+    Raises:
+        DivergedError: the loss is NaN or infinite. The model then holds the weights of that step.
+    """
+    model.train()
+    sums = _Sums(device)
+    # Reading the loss makes an accelerator wait, so it is read seldom there; on a CPU it costs nothing.
+    step = 0
+    steps_between_checks = 1 if device.type == "cpu" else 64
+    for step, window in enumerate(_windows(batches, accumulation_steps), start=1):
+        window_images = sum(len(labels) for _, labels in window)
+        optimizer.zero_grad(set_to_none=True)
+        for images, labels in window:
+            labels = labels.to(device, non_blocking=True)
+            logits = model(images.to(device, non_blocking=True))
+            loss = criterion(logits, labels)
+            (loss * (len(labels) / window_images)).backward()
+            sums.add(loss, logits, labels)
+        if step % steps_between_checks == 0 and not math.isfinite(total := sums.loss.item()):
+            raise DivergedError(step, total)
+        optimizer.step()
+    average = sums.average()
+    if not math.isfinite(average.loss):
+        raise DivergedError(step, average.loss)
+    return average
+
+
+@torch.no_grad()
+def validation_epoch(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    device: torch.device,
+) -> Average:
+    """Judges the model on every batch once, in evaluation mode and without gradients.
+
+    Arguments as in `training_epoch`. Changes nothing but the mode: the model is left in evaluation mode.
+    """
+    model.eval()
+    sums = _Sums(device)
+    for images, labels in batches:
+        labels = labels.to(device, non_blocking=True)
+        logits = model(images.to(device, non_blocking=True))
+        sums.add(criterion(logits, labels), logits, labels)
+    return sums.average()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Epoch:
+    """One line of a run's metrics."""
+
+    epoch: int
+    """From 1."""
+    training_loss: float
+    """Per image, on augmented images, before each update."""
+    training_accuracy: float
+    validation_loss: float
+    validation_accuracy: float
+    learning_rate: float
+    """The rate during this epoch."""
+    seconds: float
+    """Training and validation of this epoch."""
+    images_per_second: float
+    """Training images over the seconds of the training part alone."""
+
+    def line(self, epochs: int) -> str:
+        """Returns the log line of this epoch out of `epochs`."""
+        return (
+            f"Epoch [{self.epoch}/{epochs}], Training Loss: {self.training_loss:.4f}, "
+            f"Training Accuracy: {self.training_accuracy:.4f}, Validation Loss: {self.validation_loss:.4f}, "
+            f"Validation Accuracy: {self.validation_accuracy:.4f}"
+        )
+
+
+def fit(
+    model: nn.Module,
+    training_batches: Iterable[Batch],
+    validation_batches: Iterable[Batch],
+    recipe: Recipe,
+    device: torch.device,
+    on_epoch: Callable[[Epoch], None] = lambda epoch: None,
+) -> list[Epoch]:
+    """Trains for the recipe's epochs with cross-entropy, Adam and cosine annealing.
+
+    Args:
+        model: On `device`.
+        training_batches: Iterated once per epoch.
+        validation_batches: Iterated once per epoch.
+        recipe: Its `train` and `optim` settings are used.
+        device: Where the model is.
+        on_epoch: Called after every epoch with its metrics, the model holding the weights they belong to.
+
+    Returns:
+        The metrics of every epoch. The model holds the weights of the last one.
+
+    Raises:
+        DivergedError: the training or validation loss is NaN or infinite. `on_epoch` was not called for that epoch.
+    """
+    criterion = nn.CrossEntropyLoss()
+    optimizer = build_optimizer(model, recipe.optim)
+    schedule = build_schedule(optimizer, recipe.train.epochs)
+    history: list[Epoch] = []
+    for number in range(1, recipe.train.epochs + 1):
+        rate = optimizer.param_groups[0]["lr"]
+        started = time.perf_counter()
+        counted = _Counted(training_batches)
+        training = training_epoch(model, counted, criterion, optimizer, device, recipe.train.accumulation_steps)
+        trained = time.perf_counter()
+        validation = validation_epoch(model, validation_batches, criterion, device)
+        if not math.isfinite(validation.loss):
+            raise DivergedError(counted.steps(recipe.train.accumulation_steps), validation.loss)
+        schedule.step()
+        epoch = Epoch(
+            epoch=number,
+            training_loss=training.loss,
+            training_accuracy=training.accuracy,
+            validation_loss=validation.loss,
+            validation_accuracy=validation.accuracy,
+            learning_rate=rate,
+            seconds=time.perf_counter() - started,
+            images_per_second=counted.images / (trained - started),
+        )
+        history.append(epoch)
+        on_epoch(epoch)
+    return history
+
+
+class _Counted:
+    """Passes batches on and counts them and their images."""
+
+    def __init__(self, batches: Iterable[Batch]) -> None:
+        self._batches = batches
+        self.batches = 0
+        self.images = 0
+
+    def __iter__(self) -> Iterator[Batch]:
+        for batch in self._batches:
+            self.batches += 1
+            self.images += len(batch[1])
+            yield batch
+
+    def steps(self, accumulation_steps: int) -> int:
+        return math.ceil(self.batches / accumulation_steps)
+
+
+def _windows(batches: Iterable[Batch], size: int) -> Iterator[list[Batch]]:
+    """Groups `size` batches at a time; the last group holds what is left."""
+    iterator = iter(batches)
+    while window := list(islice(iterator, size)):
+        yield window

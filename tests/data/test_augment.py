@@ -1,0 +1,114 @@
+"""The transforms: against kornia's functions, identity at zero strength, independence of the images."""
+
+import kornia
+import pytest
+import torch
+
+from dynaconv.data.augment import Draws, affine, augment, draw, normalize, to_grey, to_tensor, turn_hue
+from dynaconv.recipe import AugmentSettings, Recipe, with_settings
+
+COUNT = 16
+OFF = AugmentSettings(degrees=0, translate=0, scale_min=1, scale_max=1, brightness=0, contrast=0, saturation=0, hue=0)
+
+
+@pytest.fixture
+def images():
+    return torch.rand(COUNT, 3, 10, 14, generator=torch.Generator().manual_seed(0))
+
+
+def draws_of(settings=AugmentSettings(), seed=1):  # noqa: B008 - frozen
+    return draw(settings, COUNT, torch.Generator().manual_seed(seed))
+
+
+def test_to_tensor_and_normalize():
+    pixels = torch.tensor([0, 51, 255], dtype=torch.uint8).view(1, 1, 1, 3)
+    assert to_tensor(pixels).flatten().tolist() == pytest.approx([0, 0.2, 1])
+    assert normalize(to_tensor(pixels), AugmentSettings()).flatten().tolist() == pytest.approx([-1, -0.6, 1])
+
+
+def test_zero_strength_changes_nothing(images):
+    assert torch.equal(augment(images, OFF, draws_of(OFF)), images)
+
+
+@pytest.mark.parametrize(
+    "strength",
+    [{"degrees": 90}, {"translate": 0.4}, {"scale_min": 0.5, "scale_max": 2}, {"brightness": 1}, {"contrast": 1}]
+    + [{"saturation": 1}, {"hue": 0.5}],
+    ids=str,
+)
+def test_each_setting_acts_alone_within_range_and_per_image(images, strength):
+    settings = with_settings(Recipe(augment=OFF), **strength).augment
+    same = images[:1].expand_as(images)
+    changed = augment(same, settings, draws_of(settings))
+    assert changed.shape == images.shape
+    assert changed.min() >= 0
+    assert changed.max() <= 1
+    assert len({tuple(image.flatten().tolist()) for image in changed}) == COUNT  # every image drew its own
+
+
+def test_draws_stay_in_their_ranges():
+    settings = AugmentSettings(degrees=30, translate=0.2, scale_min=0.8, scale_max=1.5, brightness=0.3, hue=0.1)
+    draws = draw(settings, 10_000, torch.Generator().manual_seed(0))
+    for values, low, high in (
+        (draws.angle.rad2deg(), -30, 30),
+        (draws.shift_x, -0.2, 0.2),
+        (draws.shift_y, -0.2, 0.2),
+        (draws.scale, 0.8, 1.5),
+        (draws.brightness, 0.7, 1.3),
+        (draws.hue, -0.1, 0.1),
+    ):
+        margin = 0.01 * (high - low)
+        assert low - 1e-4 <= values.min() < low + margin
+        assert high - margin < values.max() <= high + 1e-4
+
+
+def test_same_generator_state_gives_the_same_draws():
+    first, second, other = draws_of(seed=3), draws_of(seed=3), draws_of(seed=4)
+    assert torch.equal(first.angle, second.angle)
+    assert torch.equal(first.hue, second.hue)
+    assert not torch.equal(first.angle, other.angle)
+
+
+def test_affine_shifts_to_the_right_and_down():
+    image = torch.zeros(1, 1, 8, 8)
+    image[0, 0, 2, 3] = 1
+    zero, one = torch.zeros(1), torch.ones(1)
+    moved = affine(image, Draws(zero, one * 2 / 8, one * 3 / 8, one, one, one, one, zero))
+    assert moved[0, 0, 5, 5].item() == pytest.approx(1, abs=1e-5)
+    assert moved.sum().item() == pytest.approx(1, abs=1e-4)
+
+
+def test_affine_equals_kornia(images):
+    settings = AugmentSettings(degrees=40, translate=0.2, scale_min=0.7, scale_max=1.4)
+    draws = draws_of(settings)
+    height, width = images.shape[2:]
+    matrix = kornia.geometry.get_affine_matrix2d(
+        translations=torch.stack([draws.shift_x * width, draws.shift_y * height], dim=1),
+        center=torch.tensor([[(width - 1) / 2, (height - 1) / 2]]).expand(COUNT, 2),
+        scale=draws.scale[:, None].expand(COUNT, 2),
+        angle=draws.angle.rad2deg(),
+    )
+    # align_corners=True is how kornia keeps pixel centres at whole coordinates, which is what ours means too.
+    expected = kornia.geometry.warp_affine(images, matrix[:, :2], (height, width), align_corners=True)
+    torch.testing.assert_close(affine(images, draws), expected, rtol=0, atol=2e-4)
+
+
+def test_colour_equals_kornia(images):
+    settings = with_settings(Recipe(augment=OFF), brightness=0.5, contrast=0.5, saturation=0.5, hue=0.3).augment
+    draws = draws_of(settings)
+    expected = kornia.enhance.adjust_brightness_accumulative(images, draws.brightness)
+    expected = kornia.enhance.adjust_contrast_with_mean_subtraction(expected, draws.contrast)
+    expected = kornia.enhance.adjust_saturation_with_gray_subtraction(expected, draws.saturation)
+    expected = kornia.enhance.adjust_hue(expected, 2 * torch.pi * draws.hue)
+    torch.testing.assert_close(augment(images, settings, draws), expected, rtol=0, atol=1e-3)
+
+
+def test_turning_the_hue_by_a_third_exchanges_the_channels(images):
+    turned = turn_hue(images, torch.full((COUNT,), 1 / 3))
+    torch.testing.assert_close(turned, images.roll(1, dims=1), rtol=0, atol=1e-5)
+    torch.testing.assert_close(turn_hue(images, torch.zeros(COUNT)), images, rtol=0, atol=1e-6)
+
+
+def test_grey_images_keep_one_channel(images):
+    grey = to_grey(images)
+    assert augment(grey, AugmentSettings(saturation=1, hue=0.5), draws_of()).shape == (COUNT, 1, 10, 14)

@@ -1,0 +1,61 @@
+"""Batches: sizes, order, and that an epoch depends on seed, epoch and image alone."""
+
+import pytest
+import torch
+
+from dynaconv.data.batches import Batches
+from dynaconv.data.images import ImageSet
+from dynaconv.recipe import AugmentSettings
+
+
+def make_images(count):
+    pixels = torch.randint(256, (count, 3, 8, 8), generator=torch.Generator().manual_seed(0), dtype=torch.uint8)
+    return ImageSet(pixels, torch.arange(count), tuple(map(str, range(count))), "noise")
+
+
+@pytest.mark.parametrize(
+    ("count", "size", "sizes"),
+    [(10, 5, [5, 5]), (12, 5, [5, 5, 2]), (11, 5, [5, 6]), (3, 5, [3]), (1, 5, [1]), (2, 1, [1, 1])],
+)
+def test_sizes(count, size, sizes):
+    batches = Batches(make_images(count), size, AugmentSettings(), seed=0)
+    assert [len(labels) for _, labels in batches] == sizes
+    assert len(batches) == len(sizes)
+
+
+def test_without_a_seed_in_order_and_not_augmented():
+    images = make_images(7)
+    batches = list(Batches(images, 3, AugmentSettings()))
+    assert torch.cat([labels for _, labels in batches]).tolist() == list(range(7))
+    pixels = torch.cat([batch for batch, _ in batches])
+    torch.testing.assert_close(pixels, images.images.float() / 127.5 - 1)
+
+
+def test_every_image_once_per_epoch_in_a_new_order():
+    batches = Batches(make_images(50), 8, AugmentSettings(), seed=0)
+    first, second = (torch.cat([labels for _, labels in batches]).tolist() for _ in range(2))
+    assert sorted(first) == sorted(second) == list(range(50))
+    assert first != second
+    assert first != sorted(first)
+
+
+def test_an_image_is_augmented_the_same_whatever_the_batch_size():
+    views = []
+    for size in (4, 7):
+        batches = Batches(make_images(20), size, AugmentSettings(), seed=5)
+        pixels, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        views.append(pixels[labels.argsort()])
+    torch.testing.assert_close(views[0], views[1], rtol=0, atol=1e-5)
+
+
+def test_seeds_and_epochs_give_different_views():
+    def view(seed, epoch):
+        batches = Batches(make_images(20), 20, AugmentSettings(), seed=seed)
+        for _ in range(epoch):
+            next(iter(batches))
+        pixels, labels = next(iter(batches))
+        return pixels[labels.argsort()]
+
+    assert torch.equal(view(0, 1), view(0, 1))
+    assert not torch.equal(view(0, 0), view(0, 1))
+    assert not torch.equal(view(0, 1), view(1, 0))

@@ -1,0 +1,95 @@
+"""Every form of the mixture against the literal one, and the literal one against the formula."""
+
+import pytest
+import torch
+
+from dynaconv.model.mixture import FORMS, choose_form, mix_literally
+
+
+def make_case(images=3, channels=2, outputs=4, side=6, kernel_sides=(3, 1, 3), seed=0):
+    generator = torch.Generator().manual_seed(seed)
+
+    def fresh(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64).requires_grad_()
+
+    kernels = [fresh(outputs, channels, r, r) for r in kernel_sides]
+    return fresh(images, channels, side, side), kernels, fresh(images, len(kernels))
+
+
+def convolve_by_hand(image, kernel):
+    """One convolution of one image written as its definition, with loops."""
+    outputs, channels, side, _ = kernel.shape
+    height, width = image.shape[1:]
+    margin = side // 2
+    result = torch.zeros(outputs, height, width, dtype=image.dtype)
+    for o in range(outputs):
+        for y in range(height):
+            for x in range(width):
+                for c in range(channels):
+                    for dy in range(side):
+                        for dx in range(side):
+                            row, column = y + dy - margin, x + dx - margin
+                            if 0 <= row < height and 0 <= column < width:
+                                result[o, y, x] += kernel[o, c, dy, dx] * image[c, row, column]
+    return result
+
+
+def test_literal_form_is_the_formula():
+    inputs, kernels, weights = make_case(images=2, side=4)
+    with torch.no_grad():
+        expected = torch.stack(
+            [
+                sum(weights[n, k] * convolve_by_hand(inputs[n], kernel) for k, kernel in enumerate(kernels))
+                for n in range(2)
+            ]
+        )
+    torch.testing.assert_close(mix_literally(inputs, kernels, weights), expected, rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize("form", sorted(set(FORMS) - {"literal"}))
+@pytest.mark.parametrize(
+    "case",
+    [
+        {},
+        {"images": 1},
+        {"kernel_sides": (3,)},
+        {"kernel_sides": (1, 5)},
+        {"side": 1},
+        {"side": 7, "channels": 1, "outputs": 1},
+        {"kernel_sides": (3,) * 8, "channels": 5},
+    ],
+    ids=str,
+)
+def test_form_equals_the_literal_one_forward_and_backward(form, case):
+    results = []
+    for mix in (FORMS["literal"], FORMS[form]):
+        inputs, kernels, weights = make_case(**case)
+        outputs = mix(inputs, kernels, weights)
+        outputs.square().sum().backward()
+        results.append([outputs.detach(), inputs.grad, weights.grad, *(kernel.grad for kernel in kernels)])
+    for literal, fast in zip(*results, strict=True):
+        torch.testing.assert_close(fast, literal, rtol=1e-10, atol=1e-10)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_gradients_are_those_of_finite_differences(form):
+    inputs, kernels, weights = make_case(images=2, channels=1, outputs=2, side=3, kernel_sides=(3, 1))
+    assert torch.autograd.gradcheck(
+        lambda x, a, *w: FORMS[form](x, list(w), a), (inputs, weights, *kernels), fast_mode=True
+    )
+
+
+@pytest.mark.parametrize(
+    ("num_convolutions", "shape", "form"),
+    [
+        (1, (75, 8, 32, 32), "literal"),
+        (4, (75, 8, 32, 32), "grouped"),
+        (2, (75, 8, 16, 16), "grouped"),
+        (4, (75, 8, 8, 8), "grouped"),
+        (2, (75, 8, 8, 8), "literal"),
+        (4, (75, 8, 4, 4), "literal"),
+        (2, (1, 8, 4, 4), "grouped"),
+    ],
+)
+def test_choice_of_form(num_convolutions, shape, form):
+    assert choose_form(num_convolutions, torch.empty(shape)) == form

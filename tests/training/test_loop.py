@@ -1,0 +1,109 @@
+"""The training loop: averages, accumulation, evaluation without gradients, divergence."""
+
+import math
+
+import pytest
+import torch
+from torch import nn
+
+from dynaconv.recipe import Recipe, with_settings
+from dynaconv.training.loop import DivergedError, fit, training_epoch, validation_epoch
+
+CPU = torch.device("cpu")
+
+
+def make_model():
+    generator = torch.Generator().manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(12, 8), nn.Tanh(), nn.Linear(8, 3)).double()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator, dtype=torch.float64))
+    return model
+
+
+def make_images(count, seed=1):
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(count, 3, 2, 2, generator=generator, dtype=torch.float64), torch.arange(count) % 3
+
+
+def cut(images, labels, size):
+    return list(zip(images.split(size), labels.split(size), strict=True))
+
+
+@pytest.mark.parametrize("make_optimizer", [torch.optim.SGD, torch.optim.Adam])
+@pytest.mark.parametrize("count", [24, 26, 28], ids=["whole windows", "short last batch", "short last window"])
+def test_accumulation_equals_one_large_batch(make_optimizer, count):
+    images, labels = make_images(count)
+    weights = []
+    for size, steps in ((4, 3), (12, 1)):
+        model = make_model()
+        optimizer = make_optimizer(model.parameters(), lr=0.1)
+        training_epoch(model, cut(images, labels, size), nn.CrossEntropyLoss(), optimizer, CPU, steps)
+        weights.append(torch.cat([parameter.detach().flatten() for parameter in model.parameters()]))
+    assert (weights[0] - weights[1]).abs().max() < 1e-6 * weights[1].abs().max()
+    torch.testing.assert_close(weights[0], weights[1], rtol=1e-10, atol=1e-10)
+
+
+def test_number_of_updates_with_accumulation():
+    model, (images, labels) = make_model(), make_images(22)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    steps = 0
+
+    def count(*_):
+        nonlocal steps
+        steps += 1
+
+    optimizer.register_step_post_hook(count)
+    training_epoch(model, cut(images, labels, 4), nn.CrossEntropyLoss(), optimizer, CPU, accumulation_steps=4)
+    assert steps == 2
+
+
+def test_averages_are_per_image_even_when_the_last_batch_is_short():
+    model, (images, labels) = make_model(), make_images(10)
+    logits = model(images)
+    loss, accuracy = validation_epoch(model, cut(images, labels, 4), nn.CrossEntropyLoss(), CPU)
+    assert loss == pytest.approx(nn.functional.cross_entropy(logits, labels).item(), rel=1e-12)
+    assert accuracy == (logits.argmax(1) == labels).double().mean().item()
+    frozen = torch.optim.SGD(model.parameters(), lr=0.0)
+    assert training_epoch(model, cut(images, labels, 4), nn.CrossEntropyLoss(), frozen, CPU) == (
+        pytest.approx(loss, rel=1e-12),
+        accuracy,
+    )
+
+
+def test_validation_epoch_makes_no_gradients_and_changes_no_state():
+    model = nn.Sequential(nn.BatchNorm2d(3), make_model()).double()
+    images, labels = make_images(8)
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    model.train()
+    validation_epoch(model, cut(images, labels, 4), nn.CrossEntropyLoss(), CPU)
+    assert not model.training
+    assert all(parameter.grad is None for parameter in model.parameters())
+    assert all(torch.equal(before[name], tensor) for name, tensor in model.state_dict().items())
+
+
+def test_no_batches_are_refused():
+    with pytest.raises(ValueError, match="at least one batch"):
+        validation_epoch(make_model(), [], nn.CrossEntropyLoss(), CPU)
+
+
+def test_nan_stops_at_its_step_before_the_update():
+    model, (images, labels) = make_model(), make_images(12)
+    images[5] = math.nan
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(DivergedError) as error:
+        training_epoch(model, cut(images, labels, 4), nn.CrossEntropyLoss(), optimizer, CPU)
+    assert error.value.step == 2
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+
+
+def test_fit_follows_the_cosine_and_lowers_the_loss():
+    model, (images, labels) = make_model(), make_images(30)
+    recipe = with_settings(Recipe(), epochs=4, learning_rate=0.05)
+    seen = []
+    history = fit(model, cut(images, labels, 5), cut(images, labels, 10), recipe, CPU, seen.append)
+    assert history == seen
+    expected = [0.05 * (1 + math.cos(math.pi * epoch / 4)) / 2 for epoch in range(4)]
+    assert [epoch.learning_rate for epoch in history] == pytest.approx(expected)
+    assert history[-1].training_loss < history[0].training_loss
+    assert history[0].line(4).startswith("Epoch [1/4], Training Loss: ")
