@@ -40,6 +40,9 @@ UNFINISHED = VENV / "unfinished"
 BORROWED = VENV / "borrowed"
 """Stands in a .venv that uses packages of the Python it was made with (the third way)."""
 
+LAZY = "--no-compile"
+"""For installing: Python compiles what is imported, when it is; all of torch beforehand took 55 of 75 seconds."""
+
 IMPATIENT = ("--retries", "1", "--timeout", "15")
 """For the network: where it is cut this is noticed in seconds; pip's own settings would wait for minutes."""
 
@@ -157,7 +160,7 @@ def fetch(name: str, *words: str | Path) -> None:
 
 def install_pinned(wanted: Sequence[str]) -> None:
     """The first way: everything as pinned, from the wheel folder alone."""
-    pip("packages from the wheel folder", "install", "--no-index", "-c", CONSTRAINTS, *wanted)
+    pip("packages from the wheel folder", "install", LAZY, "--no-index", "-c", CONSTRAINTS, *wanted)
     install_itself()
 
 
@@ -185,7 +188,9 @@ def install_borrowed(wanted: Sequence[str]) -> None:
     lines = [f"import site; site.addsitedir({folder!r})" for folder in package_folders(sys.path)]
     (site_packages / "borrowed.pth").write_text("\n".join(lines) + "\n", encoding="utf-8")
     BORROWED.touch()
-    pip("packages of this Python", "install", "--no-index", *wanted)
+    for own in site_packages.glob("setuptools*"):  # Python 3.11 puts an old one here, which would hide the borrowed one
+        shutil.rmtree(own)
+    pip("packages of this Python", "install", LAZY, "--no-index", *wanted)
     try:
         install_itself()
     except PipError:  # there is no flit_core: two small files do what an editable installation does
@@ -242,6 +247,8 @@ def prepare(dev: bool) -> None:
     wanted = identity(ROOT, sys.version_info[:2])
     kept = can_be_kept(VENV, wanted)
     if not kept:
+        for stamp in VENV.glob("*.stamp"):  # first, so that a removal that is cut short does not leave what looks whole
+            stamp.unlink()
         shutil.rmtree(VENV, ignore_errors=True)
         VENV.mkdir()
     UNFINISHED.touch()

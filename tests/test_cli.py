@@ -12,10 +12,9 @@ from dynaconv.recipes import RECIPES
 
 
 def test_settings_arrive_in_the_recipe():
-    recipe, folder = parse_training(
-        ["coursework", "--data", "digits", "--run-dir", "a b", "--widths", "8", "16", "--num-convolutions", "2"]
-        + ["--pool-after", "1", "--learning_rate=0.01", "--image-size", "16", "--offline"]
-    )
+    words = ["coursework", "--data", "digits", "--run-dir", "a b", "--widths", "8", "16", "--num-convolutions", "2"]
+    words += ["--pool-after", "1", "--learning_rate=0.01", "--image-size", "16", "--offline"]
+    recipe, folder = parse_training(words)
     assert folder == Path("a b")
     assert recipe == with_settings(
         RECIPES["coursework"](),

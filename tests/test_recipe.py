@@ -100,7 +100,8 @@ def broken(**changes):
     [
         (
             "{",
-            "r.json is not a recipe: it is not valid JSON (Expecting property name enclosed in double quotes: line 1 column 2 (char 1)).",
+            "r.json is not a recipe: it is not valid JSON "
+            "(Expecting property name enclosed in double quotes: line 1 column 2 (char 1)).",
         ),
         ("[]", "r.json is not a recipe of format 1; write one with this version of dynaconv."),
         (broken(format=2), "r.json is not a recipe of format 1; write one with this version of dynaconv."),

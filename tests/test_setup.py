@@ -72,7 +72,7 @@ ERROR: No matching distribution found for torch==2.13.0
 """
 SLOW = """\
 WARNING: Retrying (Retry(total=0, connect=None, read=None, redirect=None, status=None)) after connection broken by \
-"ReadTimeoutError("HTTPSConnectionPool(host='somewhere', port=443): Read timed out. (read timeout=15.0)")": /simple/torch/
+"ReadTimeoutError("HTTPSConnectionPool(host='somewhere', port=443): Read timed out. (read timeout=15.0)")": /simple/a/
 """
 FULL = "ERROR: Could not install packages due to an OSError: [Errno 28] No space left on device\n"
 
@@ -112,6 +112,19 @@ def test_a_half_made_venv_is_made_anew(venv: Path) -> None:
     (venv / "unfinished").unlink()
     (venv / "bin" / "python").unlink()
     assert not setup.can_be_kept(venv, kept)
+
+
+def test_a_removal_that_is_cut_short_leaves_nothing_that_looks_whole(
+    venv: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def stop(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(setup, "VENV", venv)
+    monkeypatch.setattr(setup.shutil, "rmtree", stop)
+    with pytest.raises(KeyboardInterrupt):
+        setup.prepare(dev=False)
+    assert not (venv / "runtime.stamp").exists()
 
 
 def test_packages_are_borrowed_from_package_folders_only() -> None:

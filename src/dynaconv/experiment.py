@@ -4,7 +4,7 @@ import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -116,62 +116,71 @@ def run_experiment(
         What result.json holds, with the folder under "run_dir".
 
     Raises:
-        UserError: something that the user must change; before any training wherever it can be known then.
+        UserError: the user must change something; told before any training wherever it can be known then.
         WorkError: the loss became NaN. The weights of the last good epoch are kept.
     """
     started = time.time() if started is None else started
-    keep_freed_memory()
-    device = pick_device(recipe.train.device)
-    use_threads(recipe.train.threads)
     path = path or Path("runs") / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     RunDir.require_free(path)
+    device = pick_device(recipe.train.device)
+    keep_freed_memory()
+    use_threads(recipe.train.threads)
     data = load_training_data(recipe, device, say)
     recipe = with_settings(recipe, source=data.source)
-    images = data.train.images
-    model = build_network(
-        recipe.model, images.shape[1], len(data.train.classes), images.shape[2], seed=recipe.train.seed
-    ).to(device)
+    size = data.train.images.shape
+    model = build_network(recipe.model, size[1], len(data.train.classes), size[2], seed=recipe.train.seed).to(device)
     run = RunDir.create(path)
     _write_beginning(run, recipe, data, model, device)
     say(f"{data.train.description}: {len(data.train)} training and {len(data.validation)} validation images.")
-    say(f"Training {recipe.name} on {device} ({torch.get_num_threads()} threads) into {path}")
 
     training_started = time.time()
     history = _train(run, recipe, data, model, device, say, track)
-    say(f"Training finished in {time.time() - training_started:.2f} seconds")
+    training_seconds = time.time() - training_started
 
-    validation = evaluate(model, data.validation, recipe)
-    train_seconds_without_test = time.time() - training_started
-    options = source_options(recipe, say)
+    # What there was to say about the source was said when its training images were read.
+    options = source_options(recipe, lambda notice: None)
     test_images = load_images(data.source, "test", options).with_classes(data.train.classes).to(device)
-    test_started = time.time()
-    test = evaluate(model, test_images, recipe)
-    train_seconds = train_seconds_without_test + time.time() - test_started
+    judging_started = time.time()
+    validation, test = evaluate(model, data.validation, recipe), evaluate(model, test_images, recipe)
+    judging_seconds = time.time() - judging_started
     _draw(run, recipe, history, test_images, test)
-
     result = {
-        "recipe": recipe.name,
-        "seed": recipe.train.seed,
-        "source": data.source,
-        "data_sha256": data.sha256,
-        "train_images": len(data.train),
-        "train_accuracy": history[-1].training_accuracy,
-        "train_loss": history[-1].training_loss,
-        "validation_accuracy": validation.accuracy,
-        "validation_loss": validation.loss,
-        "test_accuracy": test.accuracy,
-        "test_loss": test.loss,
-        "test_images": len(test_images),
-        "test_looks": 1,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "train_seconds": train_seconds,
+        **_describe_outcome(recipe, data, model, history, validation, test),
+        "train_seconds": training_seconds + judging_seconds,
         "startup_seconds": training_started - started,
         "wall_seconds": time.time() - started,
-        "images_per_second": sum(epoch.images_per_second for epoch in history) / len(history),
         "peak_memory_bytes": peak_memory_bytes(),
     }
     run.write_json(RESULT, result)
     return {**result, "run_dir": str(path)}
+
+
+def _describe_outcome(
+    recipe: Recipe,
+    data: TrainingData,
+    model: Network,
+    history: list[Epoch],
+    validation: Evaluation,
+    test: Evaluation,
+) -> dict[str, Any]:
+    """Returns what was trained and what it reached; training figures as in the last epoch, on augmented images."""
+    return {
+        "recipe": recipe.name,
+        "seed": recipe.train.seed,
+        "source": data.source,
+        "data_sha256": data.sha256,
+        "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "images_per_second": sum(epoch.images_per_second for epoch in history) / len(history),
+        "train_accuracy": history[-1].training_accuracy,
+        "train_loss": history[-1].training_loss,
+        "validation_accuracy": validation.accuracy,
+        "validation_loss": validation.loss,
+        "validation_images": len(validation.labels),
+        "test_accuracy": test.accuracy,
+        "test_loss": test.loss,
+        "test_images": len(test.labels),
+        "test_looks": 1,
+    }
 
 
 def _write_beginning(run: RunDir, recipe: Recipe, data: TrainingData, model: Network, device: torch.device) -> None:
@@ -216,6 +225,8 @@ def _train(
     validation = Batches(data.validation, recipe.evaluate.evaluation_batch_size, recipe.augment)
     epochs = recipe.train.epochs
     finished = 0
+    started = time.time()
+    say(f"Training {recipe.name} on {device} ({torch.get_num_threads()} threads) into {run.path}")
 
     def on_epoch(epoch: Epoch) -> None:
         nonlocal finished
@@ -229,7 +240,7 @@ def _train(
 
     with contextlib.closing(EventWriter(run.tensorboard)) as events:
         try:
-            return fit(model, _Tracked(training, track), validation, recipe, device, on_epoch)
+            history = fit(model, _Tracked(training, track), validation, recipe, device, on_epoch)
         except DivergedError as error:
             kept = f"the weights of epoch {finished}" if finished else "the untrained weights"
             raise WorkError(
@@ -240,6 +251,8 @@ def _train(
             kept = f"the weights of epoch {finished}" if finished else "the untrained weights"
             say(f"Stopped in epoch {finished + 1} of {epochs}; {kept} are kept in {run.path}.")
             raise
+    say(f"Training finished in {time.time() - started:.2f} seconds")
+    return history
 
 
 class _Tracked:
@@ -248,7 +261,7 @@ class _Tracked:
     def __init__(self, batches: Batches, track: Track) -> None:
         self._batches, self._track = batches, track
 
-    def __iter__(self) -> Any:
+    def __iter__(self) -> Iterator[Batch]:
         return iter(self._track(self._batches, len(self._batches)))
 
 

@@ -1,4 +1,4 @@
-"""What a user gets wrong on the command line: the exact sentence, exit code 2, nothing on standard output, no traceback."""
+"""What a user gets wrong on the command line: the exact sentence, exit code 2, nothing on standard output."""
 
 import pytest
 

@@ -1,5 +1,6 @@
 """A web server on this machine that misbehaves as told, for the tests of downloads."""
 
+import contextlib
 import threading
 import time
 from collections.abc import Callable
@@ -17,10 +18,8 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self) -> None:
         self.server.seen.append((self.path, {name.lower(): value for name, value in self.headers.items()}))
         route = self.server.routes.get(self.path, lambda handler: handler.refuse(404))
-        try:
+        with contextlib.suppress(BrokenPipeError, ConnectionResetError):
             route(self)
-        except (BrokenPipeError, ConnectionResetError):
-            pass
 
     def log_message(self, format: str, *args: object) -> None:
         """Stays silent."""

@@ -32,8 +32,15 @@ def test_zero_strength_changes_nothing(images):
 
 @pytest.mark.parametrize(
     "strength",
-    [{"degrees": 90}, {"translate": 0.4}, {"scale_min": 0.5, "scale_max": 2}, {"brightness": 1}, {"contrast": 1}]
-    + [{"saturation": 1}, {"hue": 0.5}],
+    [
+        {"degrees": 90},
+        {"translate": 0.4},
+        {"scale_min": 0.5, "scale_max": 2},
+        {"brightness": 1},
+        {"contrast": 1},
+        {"saturation": 1},
+        {"hue": 0.5},
+    ],
     ids=str,
 )
 def test_each_setting_acts_alone_within_range_and_per_image(images, strength):

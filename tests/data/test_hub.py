@@ -123,7 +123,8 @@ def test_a_configuration_is_chosen_by_name(server):
 
 
 @pytest.mark.parametrize(("name", "files", "message"), [
-    (NAME, CONFIGURATIONS, f"hf:{NAME} has 2 configurations; choose one with hf:{NAME}/large (there are large, small)."),
+    (NAME, CONFIGURATIONS,
+     f"hf:{NAME} has 2 configurations; choose one with hf:{NAME}/large (there are large, small)."),
     (f"{NAME}/tiny", CONFIGURATIONS, f"hf:{NAME}/tiny has no such configuration; there are large, small."),
     (NAME, {"a.csv": b""}, f"hf:{NAME} holds no parquet files; choose a dataset that does, or download it yourself."),
     (NAME, {"test-0.parquet": b"1"}, f"hf:{NAME} has test images, but none to train on."),

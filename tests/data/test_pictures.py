@@ -53,8 +53,10 @@ def test_jpeg_is_close():
 def test_exif_rotation_is_applied(orientation, kind):
     upright = np.zeros((16, 32, 3), np.uint8)
     upright[:8, :16] = 255  # One corner, so that every turn and flip shows.
-    undo = {1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud, 5: lambda a: a.swapaxes(0, 1),
-            6: lambda a: np.rot90(a), 7: lambda a: np.rot90(a, 2).swapaxes(0, 1), 8: lambda a: np.rot90(a, -1)}  # fmt: skip
+    undo = {
+        1: lambda a: a, 2: np.fliplr, 3: lambda a: np.rot90(a, 2), 4: np.flipud, 5: lambda a: a.swapaxes(0, 1),
+        6: lambda a: np.rot90(a), 7: lambda a: np.rot90(a, 2).swapaxes(0, 1), 8: lambda a: np.rot90(a, -1),
+    }  # fmt: skip
     exif = Image.Exif()
     exif[0x0112] = orientation
     stored = Image.fromarray(np.ascontiguousarray(undo[orientation](upright)))
@@ -148,7 +150,8 @@ def test_too_many_pixels_are_refused_before_decoding(side):
     (encode(two_colours(64, 64), "BMP")[:500], "it is damaged or cut short"),
     (encode(Image.effect_noise((64, 64), 50))[:900], "it is damaged or cut short"),
     (encode(Image.effect_noise((64, 64), 50), "JPEG")[:700], "it is damaged or cut short"),
-    (encode(Image.new("F", (4, 4), 0.5), "TIFF"), "its pixels are floating-point numbers; save it with 8 bits per channel"),
+    (encode(Image.new("F", (4, 4), 0.5), "TIFF"),
+     "its pixels are floating-point numbers; save it with 8 bits per channel"),
 ])  # fmt: skip
 def test_what_is_no_picture_is_named_with_the_reason(content, reason):
     with pytest.raises(UserError) as caught:

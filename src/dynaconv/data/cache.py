@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from dynaconv.data.images import ImageSet
 from dynaconv.data.pictures import Notify
 from dynaconv.errors import UserError
-from dynaconv.rundir import writing_whole
+from dynaconv.files import writing_whole
 
 _FORMAT = 1  # Raised whenever the same files would be prepared differently than before.
 

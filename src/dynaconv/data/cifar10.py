@@ -100,7 +100,7 @@ def find_archive(path: Path) -> Splits | None:
 
     Returns:
         Both splits, not read yet; None if there is nothing of the kind. Reading raises UserError for what is cut short
-        or altered. Archives are read as streams: nothing is extracted, and nothing in them is run.
+        or altered. Archives are read in place: nothing is extracted, and nothing in them is run.
     """
     candidates = [path] if path.is_file() else [
         path, path / "cifar-10-batches-py", path / "cifar-10-batches-bin",
@@ -134,13 +134,15 @@ def load_pickled_batch(content: bytes, name: str) -> dict[str, Any]:
     """
     try:
         loaded = _InertUnpickler(io.BytesIO(content), name).load()
+        entries = loaded.items() if isinstance(loaded, dict) else ()
+        batch = {_text(key): value.array() if isinstance(value, _Array) else value for key, value in entries}
     except UserError:
         raise
     except Exception as error:  # A damaged pickle raises nearly anything.
         raise UserError(f"{name} cannot be read as a batch of CIFAR-10; it is damaged or altered.") from error
-    if not isinstance(loaded, dict):
+    if not batch:
         raise UserError(f"{name} cannot be read as a batch of CIFAR-10; it holds no dictionary.")
-    return {_text(key): value.array() if isinstance(value, _Array) else value for key, value in loaded.items()}
+    return batch
 
 
 class _Array:
@@ -252,7 +254,7 @@ def _read_members(origin: Path, wanted: set[str]) -> dict[str, bytes]:
     try:
         if origin.is_dir():
             return {name: (origin / name).read_bytes() for name in wanted if (origin / name).is_file()}
-        with tarfile.open(origin, mode="r|gz") as archive:
+        with tarfile.open(origin, mode="r:gz") as archive:
             for member in archive:
                 name = PurePosixPath(member.name).name
                 if name not in wanted or not member.isreg():

@@ -15,7 +15,7 @@ from dynaconv.data.cache import cache_folder
 from dynaconv.data.download import Checksum, DownloadError, Patience, download, is_offline, open_url
 from dynaconv.data.pictures import Notify, SplitName, ignore
 from dynaconv.errors import UserError
-from dynaconv.rundir import writing_whole
+from dynaconv.files import writing_whole
 
 SplitFiles = dict[SplitName, tuple[Path, ...]]
 

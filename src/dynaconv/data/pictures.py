@@ -164,19 +164,15 @@ def assemble(
 
     uniform = _decode_uniform(pictures, found.description) if image_size is None and channels is None else None
     if uniform is not None:
-        labels = torch.from_numpy(found.labels)
-        return ImageSet(torch.from_numpy(uniform), labels, found.classes, found.description)
-
-    everything = np.arange(len(pictures))
-    kept, bad = everything, dict[int, str]()
+        return ImageSet(torch.from_numpy(uniform), torch.from_numpy(found.labels), found.classes, found.description)
+    kept = np.arange(len(pictures))
     if image_size is None or channels is None:
-        headers = _attempt_all(lambda index: _read_header(pictures[index]), everything)
-        kept, bad = _without_bad(headers, everything)
+        headers = _attempt_all(lambda index: _read_header(pictures[index]), kept)
+        kept, bad = _without_bad(headers, kept)
         _report_bad(found.names, bad, on_bad_file, notify)
         good = [header for header in headers if not isinstance(header, _BadPictureError)]
         image_size = image_size or _common_side([size for size, _ in good], found.description, notify)
         channels = channels or (3 if any(is_colour for _, is_colour in good) else 1)
-
     _check_memory(len(kept), channels, image_size, found.description)
     images = np.empty((len(kept), channels, image_size, image_size), dtype=np.uint8)
 
@@ -189,8 +185,7 @@ def assemble(
         bad = {int(kept[place]): reason for place, reason in bad_places.items()}
         _report_bad(found.names, bad, on_bad_file, notify)
         images, kept = images[places], kept[places]
-    labels = torch.from_numpy(found.labels[kept])
-    return ImageSet(torch.from_numpy(images), labels, found.classes, found.description)
+    return ImageSet(torch.from_numpy(images), torch.from_numpy(found.labels[kept]), found.classes, found.description)
 
 
 def change_form(images: torch.Tensor, image_size: int | None, channels: int | None) -> torch.Tensor:

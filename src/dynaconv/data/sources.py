@@ -76,7 +76,8 @@ def resolve(source: str, options: SourceOptions) -> str:
     try:
         is_there = path.exists()
     except (OSError, ValueError) as error:
-        raise UserError(f"The source {source!r} cannot be looked at: {error}.") from error
+        reason = getattr(error, "strerror", None) or str(error)
+        raise UserError(f"The source {source} cannot be looked at: {reason.lower()}.") from error
     if is_there:
         _reader_of(path)
         return source

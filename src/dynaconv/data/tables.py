@@ -3,6 +3,7 @@
 import csv
 import json
 import zipfile
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -144,7 +145,6 @@ def _read_parquet(
     classes = default_classes
     for file in files:
         try:
-            # One thread and no prefetching: decoding the pictures takes far longer than reading them.
             with pq.ParquetFile(file) as table:
                 features = _features(table.schema_arrow)
                 image_column = _pick_column(table.schema_arrow, features, IMAGE_COLUMNS, "Image", file)
@@ -257,16 +257,16 @@ def _read_header(row: list[str], path: Path) -> tuple[int, int] | None:
 
 
 def _open_npz(path: Path) -> dict[str, npt.NDArray[Any]]:
+    damaged = f"{path} cannot be read as an .npz file; it is damaged or something else."
+    if not zipfile.is_zipfile(path):
+        raise UserError(damaged)
     try:
         with np.load(path, allow_pickle=False) as stored:
-            if isinstance(stored, np.lib.npyio.NpzFile):
-                return {key: stored[key] for key in stored.files}
-    except ValueError as error:
-        if "allow_pickle" in str(error):
-            raise UserError(f"{path} holds pickled objects, which are never loaded; save plain arrays.") from error
-    except (OSError, EOFError, zipfile.BadZipFile, KeyError, MemoryError):
-        pass
-    raise UserError(f"{path} cannot be read as an .npz file; it is damaged or something else.")
+            return {key: stored[key] for key in stored.files}
+    except (ValueError, OSError, EOFError, KeyError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+        pickled = "allow_pickle" in str(error)
+        reason = f"{path} holds pickled objects, which are never loaded; save plain arrays." if pickled else damaged
+        raise UserError(reason) from error
 
 
 def _to_nhwc(images: npt.NDArray[Any], name: str) -> Pixels:
