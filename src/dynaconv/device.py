@@ -4,7 +4,6 @@ import ctypes
 import importlib.metadata
 import os
 import platform
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -51,8 +50,12 @@ def keep_freed_memory() -> bool:
     return all(mallopt(name, value) == 1 for name, value in settings.items())
 
 
-def peak_memory_bytes() -> int:
-    """Returns the largest resident memory of this process so far, in bytes."""
+def peak_memory_bytes() -> int | None:
+    """Returns the largest resident memory of this process so far, in bytes; None on Windows, which does not tell."""
+    if sys.platform == "win32":
+        return None
+    import resource
+
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
 

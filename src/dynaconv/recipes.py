@@ -6,9 +6,12 @@ from dynaconv.recipe import Recipe
 
 
 def coursework() -> Recipe:
-    """The coursework system: Adam, cosine annealing, 50 epochs, batches of 75 and 50.
+    """The coursework system: seven mixed blocks, Adam, cosine annealing, 50 epochs, batches of 75 and 50.
 
     Command: dynaconv train coursework --data cifar10
+    Cost: 74 minutes on two cores with AVX2 that did other work in between (median epoch: 77 seconds); 0.9 GB of memory.
+    Result on CIFAR-10: 83.38% of the test images, 83.56% of the validation images, 1 seed
+    (benchmarks/results/coursework.json).
     """
     return Recipe(name="coursework")
 
@@ -17,3 +20,4 @@ RECIPES: dict[str, Callable[[], Recipe]] = {"coursework": coursework}
 """Every recipe by name."""
 
 DEFAULT = "coursework"
+"""The recipe of `dynaconv train` without a name."""

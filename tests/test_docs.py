@@ -1,0 +1,78 @@
+"""The prose against the facts: links resolve, commands parse, figures are those of the result files."""
+
+import json
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from dynaconv.arguments import parse_training
+from dynaconv.cli import VERBS
+from dynaconv.recipes import RECIPES
+
+ROOT = Path(__file__).parent.parent
+PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")])
+RESULTS = ROOT / "benchmarks" / "results"
+
+
+def page_id(page):
+    return str(page.relative_to(ROOT))
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_links_and_pictures_lead_somewhere(page):
+    for target in re.findall(r"\]\(([^)#\s]+)", page.read_text()):
+        if "://" not in target:
+            assert (page.parent / target).exists(), target
+
+
+@pytest.mark.parametrize("page", PAGES, ids=page_id)
+def test_named_files_exist(page):
+    known = ("src/", "benchmarks/", "examples/", "docs/", "tests/")
+    for name in re.findall(r"`([\w/.-]+\.(?:py|json|md|ipynb))`", page.read_text()):
+        if name.startswith(known):
+            assert (ROOT / name).exists(), name
+
+
+def commands(page):
+    for block in re.findall(r"```(?:sh|console)\n(.*?)```", page.read_text(), re.DOTALL):
+        for line in block.splitlines():
+            if line.startswith("dynaconv "):
+                yield shlex.split(line, comments=True)[1:]
+
+
+@pytest.mark.parametrize(
+    "words", [words for page in PAGES for words in commands(page)], ids=lambda words: " ".join(words)
+)
+def test_commands_parse(words):
+    assert words[0] in VERBS
+    if words[0] == "train":
+        if len(words) > 1 and words[1].endswith(".json"):
+            words = [words[0], *words[2:]]  # the file is the reader's own
+        parse_training(words[1:])
+
+
+def test_figures_of_the_coursework_recipe_are_those_of_its_result():
+    document = json.loads((RESULTS / "coursework.json").read_text())
+    metrics = document["metrics"]
+    readme = (ROOT / "README.md").read_text()
+    told = RECIPES["coursework"].__doc__ or ""
+    for text, where in ((readme, "README.md"), (told, "recipe")):
+        for figure in (
+            f"{metrics['test_accuracy']['mean']:.2%}",
+            f"{metrics['validation_accuracy']['mean']:.2%}",
+            f"{metrics['train_seconds']['mean'] / 60:.0f} minutes",
+        ):
+            assert figure in text, f"{figure} is not in the {where}"
+        seeds = len(document["seeds"])
+        assert f"{seeds} seed{'s' if seeds > 1 else ''}" in text, where
+
+
+def test_the_measured_coursework_recipe_is_the_one_in_the_table():
+    stored = json.loads((RESULTS / "coursework.json").read_text())["recipe"]
+    recipe = RECIPES["coursework"]()
+    assert stored["model"] == json.loads(json.dumps(recipe.model.__dict__))
+    assert stored["augment"] == recipe.augment.__dict__
+    assert stored["optim"] == recipe.optim.__dict__
+    assert (stored["train"]["epochs"], stored["train"]["batch_size"]) == (50, 75)
