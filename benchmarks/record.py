@@ -4,6 +4,7 @@ import json
 import os
 import shlex
 import statistics
+import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -14,7 +15,8 @@ import torch
 from dynaconv.device import describe_environment
 from dynaconv.files import writing_whole
 
-RESULTS = Path(__file__).parent / "results"
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "benchmarks" / "results"
 
 
 def over_seeds(values: Sequence[float]) -> dict[str, Any]:
@@ -31,13 +33,23 @@ def over_repeats(values: Sequence[float]) -> dict[str, Any]:
     return {"median": statistics.median(values), "values": list(values)}
 
 
+def measured_commit() -> str:
+    """Returns the commit of this checkout, with "-dirty" behind it if anything but results was changed since."""
+
+    def git(*words: str) -> str:
+        return subprocess.run(["git", *words], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
+
+    changed = git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!docs/figures")
+    return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
+
+
 def write_result(name: str, metrics: dict[str, Any], seeds: Sequence[int] = (), **more: Any) -> Path:
     """Writes results/NAME.json with the command, commit and machine of this process."""
     environment = describe_environment(torch.device("cpu"))
     document = {
         "name": name,
         "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
-        "commit": environment["commit"],
+        "commit": measured_commit(),
         "machine": {
             "processor": environment["device_name"],
             "cores": os.cpu_count(),
