@@ -73,7 +73,7 @@ def choose_form(num_convolutions: int, inputs: torch.Tensor) -> Form:
     """Picks the cheaper form for a block from the number of convolutions and the input's shape and device.
 
     The rule is what `benchmarks/mixture.py` measured in float32 on two CPU cores: mixing kernels wins where a kernel
-    is used at many places (maps of 16x16 and more, or 8x8 with four convolutions), and on a single image everywhere.
+    is used at many places (maps of 8x8 and more), and on a single image everywhere.
     """
     images, _, height, width = inputs.shape
     if num_convolutions == 1:
@@ -82,8 +82,7 @@ def choose_form(num_convolutions: int, inputs: torch.Tensor) -> Form:
         return "grouped"
     if inputs.device.type != "cpu":
         return "literal"  # grouped convolutions with few channels a group miss the fast kernels of most accelerators
-    places = height * width
-    return "grouped" if places >= 256 or (places >= 64 and num_convolutions >= 4) else "literal"
+    return "grouped" if height * width >= 64 else "literal"
 
 
 def _same_size(kernels: Sequence[torch.Tensor]) -> list[torch.Tensor]:
