@@ -25,7 +25,8 @@ SHAPES = [
     (256, 256, 4),
 ]
 """(channels in, channels out, side of the map)."""
-COUNTS = (2, 4)
+KERNEL_SIZES = ((3, 3), (3, 1), (3, 3, 3, 3), (3, 1, 3, 1))
+"""Sides of the K kernels of a block."""
 ROUNDS = 7
 
 
@@ -36,7 +37,7 @@ def step(convolve, inputs, parameters) -> None:
     outputs.backward(torch.ones_like(outputs))
 
 
-def measure(channels: int, outputs: int, side: int, count: int) -> dict[str, object]:
+def measure(channels: int, outputs: int, side: int, sizes: tuple[int, ...]) -> dict[str, object]:
     generator = torch.Generator().manual_seed(0)
 
     def fresh(*shape):
@@ -44,7 +45,7 @@ def measure(channels: int, outputs: int, side: int, count: int) -> dict[str, obj
 
     inputs = torch.randn(BATCH, channels, side, side, generator=generator)
     inputs = inputs.contiguous(memory_format=torch.channels_last).requires_grad_()
-    kernels, weights = [fresh(outputs, channels, 3, 3) for _ in range(count)], fresh(BATCH, count)
+    kernels, weights = [fresh(outputs, channels, size, size) for size in sizes], fresh(BATCH, len(sizes))
     contenders = {"static": (partial(torch.nn.functional.conv2d, weight=kernels[0], padding=1), kernels[:1])}
     for name, mix in FORMS.items():
         contenders[name] = (partial(mix, kernels=kernels, weights=weights), [*kernels, weights])
@@ -61,9 +62,9 @@ def measure(channels: int, outputs: int, side: int, count: int) -> dict[str, obj
         for name, values in seconds.items()
         if name != "static"
     }
-    chosen = choose_form(count, inputs)
+    chosen = choose_form(sizes, inputs)
     told = ", ".join(f"{name} {ratio['median']:.2f}x" for name, ratio in ratios.items())
-    shape = f"{channels}->{outputs} @{side}x{side} K={count}"
+    shape = f"{channels}->{outputs} @{side}x{side} kernels {sizes}"
     print(f"{shape}: static {static['median'] * 1e3:.1f} ms; {told}; auto: {chosen}")
     return {"static_seconds": static, "times_static": ratios, "chosen": chosen}
 
@@ -72,9 +73,9 @@ def main() -> None:
     keep_freed_memory()
     use_threads(0)
     metrics = {
-        f"{channels}->{outputs}@{side} K={count}": measure(channels, outputs, side, count)
+        f"{channels}->{outputs}@{side} kernels {' '.join(map(str, sizes))}": measure(channels, outputs, side, sizes)
         for channels, outputs, side in SHAPES
-        for count in COUNTS
+        for sizes in KERNEL_SIZES
     }
     print(write_result("mixture", metrics))
 

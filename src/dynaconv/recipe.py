@@ -82,6 +82,10 @@ class AugmentSettings:
     """RandomAffine: smallest zoom factor, 0.25 to 4."""
     scale_max: float = 1.1
     """RandomAffine: largest zoom factor, scale_min to 4."""
+    interpolation: Literal["nearest", "bilinear", "bicubic"] = "bilinear"
+    """RandomAffine: how a pixel between pixels is read. Bilinear blurs every training image; bicubic hardly does."""
+    fill: Literal["black", "border", "reflection"] = "black"
+    """RandomAffine: what stands outside an image: black, its border pixels drawn out, or its mirror image."""
     brightness: float = 0.1
     """ColorJitter: factor is drawn from [1 - brightness, 1 + brightness], 0 to 1."""
     contrast: float = 0.1

@@ -80,9 +80,31 @@ def test_affine_shifts_to_the_right_and_down():
     image = torch.zeros(1, 1, 8, 8)
     image[0, 0, 2, 3] = 1
     zero, one = torch.zeros(1), torch.ones(1)
-    moved = affine(image, Draws(zero, one * 2 / 8, one * 3 / 8, one, one, one, one, zero))
+    moved = affine(image, Draws(zero, one * 2 / 8, one * 3 / 8, one, one, one, one, zero), "bicubic", "black")
     assert moved[0, 0, 5, 5].item() == pytest.approx(1, abs=1e-5)
     assert moved.sum().item() == pytest.approx(1, abs=1e-4)
+
+
+def test_affine_reads_pixels_and_fills_the_outside_as_asked():
+    ramp = torch.arange(1.0, 9.0).div(8).expand(1, 1, 8, 8)  # columns of 1/8, 2/8 .. 1
+    zero, one = torch.zeros(1), torch.ones(1)
+    shift = Draws(zero, one * 2 / 8, zero, one, one, one, one, zero)
+    first_columns = {
+        fill: (affine(ramp, shift, "nearest", fill)[0, 0, 4, :3] * 8).round().tolist()
+        for fill in ("black", "border", "reflection")
+    }
+    assert first_columns == {"black": [0, 0, 1], "border": [1, 1, 1], "reflection": [2, 1, 1]}
+
+
+def test_bicubic_keeps_more_detail_than_bilinear_and_stays_in_range():
+    stripes = torch.tensor([0.1, 0.1, 0.9, 0.9] * 4).expand(1, 1, 16, 16)
+    zero, one = torch.zeros(1), torch.ones(1)
+    half_a_pixel = Draws(zero, one * 0.5 / 16, zero, one, one, one, one, zero)
+    linear, cubic = (affine(stripes, half_a_pixel, kind, "reflection") for kind in ("bilinear", "bicubic"))
+    assert cubic.diff(dim=3).square().sum() > 1.2 * linear.diff(dim=3).square().sum()
+    sharp = torch.tensor([0.0, 0.0, 1.0, 1.0] * 4).expand(1, 1, 16, 16)
+    assert affine(sharp, half_a_pixel, "bicubic", "reflection").min() >= 0
+    assert affine(sharp, half_a_pixel, "bicubic", "reflection").max() <= 1
 
 
 def test_affine_equals_kornia(images):
@@ -97,7 +119,7 @@ def test_affine_equals_kornia(images):
     )
     # align_corners=True is how kornia keeps pixel centres at whole coordinates, which is what ours means too.
     expected = kornia.geometry.warp_affine(images, matrix[:, :2], (height, width), align_corners=True)
-    torch.testing.assert_close(affine(images, draws), expected, rtol=0, atol=2e-4)
+    torch.testing.assert_close(affine(images, draws, "bilinear", "black"), expected, rtol=0, atol=2e-4)
 
 
 def test_colour_equals_kornia(images):

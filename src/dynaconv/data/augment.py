@@ -86,10 +86,10 @@ def augment(images: torch.Tensor, settings: AugmentSettings, draws: Draws) -> to
         draws: One set of parameters per image.
 
     Returns:
-        (N, C, H, W) float, 0 to 1. Pixels that come from outside an image are black.
+        (N, C, H, W) float, 0 to 1.
     """
     if settings.degrees or settings.translate or settings.scale_min != 1 or settings.scale_max != 1:
-        images = affine(images, draws)
+        images = affine(images, draws, settings.interpolation, settings.fill)
     if settings.brightness:
         images = (images * _per_image(draws.brightness)).clamp(0, 1)
     if settings.contrast:
@@ -102,8 +102,16 @@ def augment(images: torch.Tensor, settings: AugmentSettings, draws: Draws) -> to
     return images
 
 
-def affine(images: torch.Tensor, draws: Draws) -> torch.Tensor:
-    """Zooms and rotates about the centre, then shifts; bilinear, black outside. (N, C, H, W) to the same shape."""
+PADDING = {"black": "zeros", "border": "border", "reflection": "reflection"}
+"""Our words for what stands outside an image, and grid_sample's."""
+
+
+def affine(images: torch.Tensor, draws: Draws, interpolation: str = "bilinear", fill: str = "black") -> torch.Tensor:
+    """Zooms and rotates about the centre, then shifts. (N, C, H, W), 0 to 1, to the same shape and range.
+
+    Interpolation and fill as in AugmentSettings. They matter: black corners and the blur of bilinear resampling are
+    seen in every training image and in no test image.
+    """
     height, width = images.shape[2:]
     cosine, sine = torch.cos(draws.angle) / draws.scale, torch.sin(draws.angle) / draws.scale
     # The sampling grid maps each output place to its source: the inverse of shift after rotation after zoom.
@@ -113,7 +121,9 @@ def affine(images: torch.Tensor, draws: Draws) -> torch.Tensor:
     row_x = torch.stack([cosine, sine * height / width, -cosine * right - sine * height / width * down], dim=1)
     row_y = torch.stack([-sine * width / height, cosine, sine * width / height * right - cosine * down], dim=1)
     grid = functional.affine_grid(torch.stack([row_x, row_y], dim=1), list(images.shape), align_corners=False)
-    return functional.grid_sample(images, grid, align_corners=False)
+    sampled = functional.grid_sample(images, grid, mode=interpolation, padding_mode=PADDING[fill], align_corners=False)
+    # A cubic overshoots at sharp edges.
+    return sampled.clamp_(0, 1) if interpolation == "bicubic" else sampled
 
 
 def turn_hue(images: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:

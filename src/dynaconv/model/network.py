@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from dynaconv.errors import UserError
-from dynaconv.model.mixture import FORMS, choose_form
+from dynaconv.model.mixture import FORMS, choose_form, mix_literally
 from dynaconv.recipe import ModelSettings
 
 
@@ -62,11 +62,13 @@ class Block(nn.Module):
         """Maps (N, C, H, W) to (N, O, H, W)."""
         weights = self.mixing_weights(inputs)
         kernels = list(self.kernels)
-        form = choose_form(len(kernels), inputs) if self.form == "auto" else self.form
+        form = choose_form([kernel.shape[-1] for kernel in kernels], inputs) if self.form == "auto" else self.form
         if form == "grouped":
             # The shortcut is one more convolution, always with weight one: inside the mixed kernel it costs nothing.
             kernels.append(self._shortcut_kernel(inputs))
             return FORMS[form](inputs, kernels, torch.cat([weights, torch.ones_like(weights[:, :1])], dim=1))
+        if form == "literal":
+            return mix_literally(inputs, kernels, weights, self.shortcut(inputs))
         return FORMS[form](inputs, kernels, weights) + self.shortcut(inputs)
 
     def _shortcut_kernel(self, inputs: torch.Tensor) -> torch.Tensor:
