@@ -4,6 +4,7 @@ import json
 import os
 import sys
 import time
+import warnings
 
 from dynaconv.errors import DynaconvError, UserError, unknown
 
@@ -45,6 +46,8 @@ def main(arguments: "list[str] | None" = None) -> int:
     words = [word for word in words if word != "--json"]
     # What is meant for people goes to standard error when standard output belongs to the JSON document.
     people = sys.stderr if as_json else sys.stdout
+    # Pillow's warning of a huge picture; such a picture is refused with a sentence of our own.
+    warnings.filterwarnings("ignore", message=r"Image size \(\d+ pixels\) exceeds limit")
     try:
         if not words or words[0] in ("--help", "-h", "help"):
             people.write(HELP)

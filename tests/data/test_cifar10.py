@@ -238,7 +238,7 @@ def test_an_archive_with_another_checksum_is_never_used(server, monkeypatch, own
     monkeypatch.setattr(cifar10, "OFFICIAL_CHECKSUM", Checksum("md5", "0" * 32))
     with pytest.raises(UserError, match="wrong md5 checksum, twice"):
         find()
-    assert not list(own_cache.rglob("*.tar.gz*"))
+    assert not list(own_cache.rglob("cifar*.tar.gz*"))
 
 
 def test_offline_asks_nobody(server):

@@ -4,8 +4,11 @@ import errno
 import hashlib
 import shutil
 import socket
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
+from filelock import FileLock
 from loopback import Crawling, Cutting, InTurn, Whole
 
 from dynaconv.data.download import Checksum, DiskError, DownloadError, Patience, download, is_offline
@@ -22,7 +25,8 @@ def get(server, tmp_path, *paths, **options):
 
 
 def files_in(tmp_path):
-    return sorted(path.name for path in tmp_path.rglob("*") if path.is_file())
+    # The empty lock file stays: to delete it would let a third process in beside the one that holds it.
+    return sorted(path.name for path in tmp_path.rglob("*") if path.is_file() and path.suffix != ".lock")
 
 
 @pytest.mark.parametrize("algorithm", ["sha256", "md5"])
@@ -49,6 +53,26 @@ def test_a_later_process_goes_on_where_an_earlier_one_stopped(server, tmp_path):
     (tmp_path / "sub" / "file.bin.part").write_bytes(CONTENT[:70_000])
     assert get(server, tmp_path, "/a").read_bytes() == CONTENT
     assert server.seen[0][1]["range"] == "bytes=70000-"
+
+
+def test_a_second_process_waits_for_the_first_and_takes_its_file(server, tmp_path):
+    destination = tmp_path / "sub" / "file.bin"
+    destination.parent.mkdir()
+    told, waiting = [], threading.Event()
+
+    def notify(notice):
+        told.append(notice)
+        waiting.set()
+
+    first = FileLock(destination.with_name(".file.bin.lock"))
+    with ThreadPoolExecutor(1) as pool:
+        with first:
+            second = pool.submit(get, server, tmp_path, "/a", notify=notify)
+            assert waiting.wait(10)
+            destination.write_bytes(CONTENT)
+        assert second.result(10).read_bytes() == CONTENT
+    assert told == ["Another process is downloading file.bin; waiting for it."]
+    assert server.seen == []
 
 
 def test_a_server_that_ignores_the_range_sends_all_again(server, tmp_path):

@@ -91,11 +91,17 @@ def test_gradients_are_those_of_finite_differences(form):
         ((3, 1, 3, 1), (75, 8, 4, 4), "literal"),
         ((3,) * 8, (75, 8, 4, 4), "grouped"),
         ((3, 1), (1, 8, 4, 4), "grouped"),
+        ((3, 1), (75, 3, 32, 32), "patches"),
+        ((3,), (1, 1, 28, 28), "patches"),
     ],
     ids=str,
 )
 def test_choice_of_form(kernel_sizes, shape, form):
     assert choose_form(kernel_sizes, torch.empty(shape)) == form
+
+
+def test_patches_are_not_chosen_where_a_gradient_would_have_to_flow_back():
+    assert choose_form((3, 1), torch.empty(75, 3, 32, 32, requires_grad=True)) == "literal"
 
 
 def test_literal_form_starts_from_the_residual():

@@ -121,7 +121,11 @@ def affine(images: torch.Tensor, draws: Draws, interpolation: str = "bilinear", 
     row_x = torch.stack([cosine, sine * height / width, -cosine * right - sine * height / width * down], dim=1)
     row_y = torch.stack([-sine * width / height, cosine, sine * width / height * right - cosine * down], dim=1)
     grid = functional.affine_grid(torch.stack([row_x, row_y], dim=1), list(images.shape), align_corners=False)
-    sampled = functional.grid_sample(images, grid, mode=interpolation, padding_mode=PADDING[fill], align_corners=False)
+    # MPS lacks the cubic and the mirror image; a batch of small images is soon there and back.
+    place = torch.device("cpu") if images.device.type == "mps" else images.device
+    sampled = functional.grid_sample(
+        images.to(place), grid.to(place), mode=interpolation, padding_mode=PADDING[fill], align_corners=False
+    ).to(images.device)
     # A cubic overshoots at sharp edges.
     return sampled.clamp_(0, 1) if interpolation == "bicubic" else sampled
 

@@ -1,5 +1,6 @@
 """Downloads a file whole or not at all: resumed, checked, from the first of several addresses that delivers."""
 
+import contextlib
 import errno
 import hashlib
 import http.client
@@ -8,11 +9,13 @@ import shutil
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 from urllib.parse import urlsplit
+
+from filelock import FileLock, Timeout
 
 from dynaconv.data.pictures import Notify, ignore
 from dynaconv.errors import UserError
@@ -179,13 +182,33 @@ def download(
     )  # fmt: skip
     try:
         destination.parent.mkdir(parents=True, exist_ok=True)
-        if checksum is None:
-            job.part.unlink(missing_ok=True)
-        _require_space(job)
-        _try_each(urls, job)
+        with _alone(job) as waited:
+            if waited and destination.is_file() and (checksum is None or checksum.holds_for(destination)):
+                return destination
+            if checksum is None:
+                job.part.unlink(missing_ok=True)
+            _require_space(job)
+            _try_each(urls, job)
     except OSError as error:
         raise _disk_error(error, job) from error
     return destination
+
+
+@contextlib.contextmanager
+def _alone(job: _Job) -> Generator[bool, None, None]:
+    """Keeps two processes from writing one part file; yields whether another one had to be waited for."""
+    lock = FileLock(job.destination.with_name(f".{job.destination.name}.lock"))
+    try:
+        lock.acquire(timeout=0)
+        waited = False
+    except Timeout:
+        job.notify(f"Another process is downloading {job.destination.name}; waiting for it.")
+        lock.acquire()
+        waited = True
+    try:
+        yield waited
+    finally:
+        lock.release()
 
 
 def _try_each(urls: Sequence[str], job: _Job) -> None:

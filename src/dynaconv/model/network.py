@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from dynaconv.errors import UserError
-from dynaconv.model.mixture import FORMS, choose_form, mix_literally
+from dynaconv.model.mixture import FORMS, MIXES_KERNELS, choose_form, mix_literally
 from dynaconv.recipe import ModelSettings
 
 
@@ -63,7 +63,7 @@ class Block(nn.Module):
         weights = self.mixing_weights(inputs)
         kernels = list(self.kernels)
         form = choose_form([kernel.shape[-1] for kernel in kernels], inputs) if self.form == "auto" else self.form
-        if form == "grouped":
+        if form in MIXES_KERNELS:
             # The shortcut is one more convolution, always with weight one: inside the mixed kernel it costs nothing.
             kernels.append(self._shortcut_kernel(inputs))
             return FORMS[form](inputs, kernels, torch.cat([weights, torch.ones_like(weights[:, :1])], dim=1))
