@@ -106,11 +106,13 @@ PADDING = {"black": "zeros", "border": "border", "reflection": "reflection"}
 """Our words for what stands outside an image, and grid_sample's."""
 
 
-def affine(images: torch.Tensor, draws: Draws, interpolation: str = "bilinear", fill: str = "black") -> torch.Tensor:
+def affine(
+    images: torch.Tensor, draws: Draws, interpolation: str = "bicubic", fill: str = "reflection"
+) -> torch.Tensor:
     """Zooms and rotates about the centre, then shifts. (N, C, H, W), 0 to 1, to the same shape and range.
 
     Interpolation and fill as in AugmentSettings. They matter: black corners and the blur of bilinear resampling are
-    seen in every training image and in no test image.
+    seen in every training image and in no test image (docs/decisions/0005-resampling.md).
     """
     height, width = images.shape[2:]
     cosine, sine = torch.cos(draws.angle) / draws.scale, torch.sin(draws.angle) / draws.scale
