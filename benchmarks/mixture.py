@@ -62,7 +62,7 @@ def measure(channels: int, outputs: int, side: int, sizes: tuple[int, ...]) -> d
         for name, values in seconds.items()
         if name != "static"
     }
-    chosen = choose_form(sizes, inputs)
+    chosen = choose_form(sizes, outputs, inputs)
     told = ", ".join(f"{name} {ratio['median']:.2f}x" for name, ratio in ratios.items())
     shape = f"{channels}->{outputs} @{side}x{side} kernels {sizes}"
     print(f"{shape}: static {static['median'] * 1e3:.1f} ms; {told}; auto: {chosen}")

@@ -124,7 +124,7 @@ class ModelSettings:
     """Blocks (counted from 1) whose output map is halved by a 2x2 max-pooling."""
     kernel_sizes: tuple[int, ...] = (3, 1)
     """Sides of the mixed convolutions in pixels, odd, 1 to 11; taken in turn, so `3 1` mixes 3x3 with 1x1."""
-    mixture_form: Literal["auto", "literal", "concatenated", "grouped", "patches"] = "auto"
+    mixture_form: Literal["auto", "literal", "concatenated", "grouped", "patches", "winograd"] = "auto"
     """How the mixture is computed. All forms give the same result; auto picks the cheaper per block."""
 
     def __post_init__(self) -> None:

@@ -80,28 +80,38 @@ def test_gradients_are_those_of_finite_differences(form):
 
 
 @pytest.mark.parametrize(
-    ("kernel_sizes", "shape", "form"),
+    ("kernel_sizes", "outputs", "shape", "form"),
     [
-        ((3,), (75, 8, 32, 32), "literal"),
-        ((3, 1), (75, 8, 32, 32), "literal"),  # the 1x1 costs a ninth: less than mixing the kernels
-        ((3, 3), (75, 8, 16, 16), "grouped"),
-        ((3, 1, 3, 1), (75, 8, 16, 16), "grouped"),
-        ((3, 1, 3, 1), (75, 8, 8, 8), "grouped"),
-        ((3, 3), (75, 8, 8, 8), "literal"),
-        ((3, 1, 3, 1), (75, 8, 4, 4), "literal"),
-        ((3,) * 8, (75, 8, 4, 4), "grouped"),
-        ((3, 1), (1, 8, 4, 4), "grouped"),
-        ((3, 1), (75, 3, 32, 32), "patches"),
-        ((3,), (1, 1, 28, 28), "patches"),
+        ((3,), 8, (75, 8, 32, 32), "literal"),
+        ((3, 1), 8, (75, 8, 32, 32), "literal"),  # the 1x1 costs a ninth: less than mixing the kernels
+        ((3, 3), 8, (75, 8, 16, 16), "grouped"),
+        ((3, 1, 3, 1), 8, (75, 8, 16, 16), "grouped"),
+        ((3, 1, 3, 1), 8, (75, 8, 8, 8), "grouped"),
+        ((3, 3), 8, (75, 8, 8, 8), "literal"),
+        ((3, 1, 3, 1), 8, (75, 8, 4, 4), "literal"),
+        ((3,) * 8, 8, (75, 8, 4, 4), "grouped"),
+        ((3, 1), 8, (1, 8, 4, 4), "grouped"),
+        ((3, 1), 8, (75, 3, 32, 32), "patches"),
+        ((3,), 8, (1, 1, 28, 28), "patches"),
+        ((3, 1), 128, (75, 64, 8, 8), "winograd"),
+        ((3,), 64, (1, 64, 8, 8), "winograd"),
+        ((3,) * 4, 64, (75, 64, 16, 16), "grouped"),  # four kernels: mixing them costs less
+        ((3, 1), 32, (75, 64, 8, 8), "literal"),
+        ((5,), 64, (75, 64, 8, 8), "literal"),
     ],
     ids=str,
 )
-def test_choice_of_form(kernel_sizes, shape, form):
-    assert choose_form(kernel_sizes, torch.empty(shape)) == form
+def test_choice_of_form(kernel_sizes, outputs, shape, form):
+    assert choose_form(kernel_sizes, outputs, torch.empty(shape)) == form
+
+
+def test_winograd_is_not_chosen_where_nothing_is_trained():
+    with torch.no_grad():
+        assert choose_form((3, 1), 64, torch.empty(75, 64, 8, 8)) == "literal"
 
 
 def test_patches_are_not_chosen_where_a_gradient_would_have_to_flow_back():
-    assert choose_form((3, 1), torch.empty(75, 3, 32, 32, requires_grad=True)) == "literal"
+    assert choose_form((3, 1), 8, torch.empty(75, 3, 32, 32, requires_grad=True)) == "literal"
 
 
 def test_literal_form_starts_from_the_residual():

@@ -1,17 +1,19 @@
-"""The K-convolution mixture, O_n = sum_k a_nk Conv_k(X_n): one literal form, three exact faster ones, one chooser.
+"""The K-convolution mixture, O_n = sum_k a_nk Conv_k(X_n): one literal form, four exact faster ones, one chooser.
 
 Letters: N images, C channels in, O channels out, H W map, K convolutions, R kernel side.
 Sources: Dynamic Convolution (arXiv:1912.03458), CondConv (arXiv:1904.04971). Differs from both: the weights a are a
 linear function of the pooled input, without softmax or sigmoid, so they are unbounded and need not sum to one.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 import torch
 from torch.nn import functional
 
-Form = Literal["literal", "concatenated", "grouped", "patches"]
+from dynaconv.model.winograd import convolve
+
+Form = Literal["literal", "concatenated", "grouped", "patches", "winograd"]
 
 
 def mix_literally(
@@ -37,15 +39,7 @@ def mix_literally(
         >>> mix_literally(ones, [2 * ones, 3 * ones], torch.tensor([[10.0, 1.0]])).item()
         23.0
     """
-    total = residual
-    for kernel, weight in zip(kernels, weights[:, :, None, None, None].unbind(1), strict=True):
-        output = functional.conv2d(inputs, kernel, padding=kernel.shape[-1] // 2)
-        # One pass over the output instead of one to scale and one to add: on a CPU these passes are a quarter of the
-        # block's time.
-        total = output * weight if total is None else torch.addcmul(total, output, weight)
-    if total is None:
-        raise ValueError("a mixture needs at least one kernel, received none")
-    return total
+    return _weighted_sum((_convolve_directly(inputs, kernel) for kernel in kernels), weights, residual)
 
 
 def mix_concatenated(inputs: torch.Tensor, kernels: Sequence[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
@@ -96,11 +90,30 @@ def mix_patches(inputs: torch.Tensor, kernels: Sequence[torch.Tensor], weights: 
     return torch.bmm(rows, mixed).view(images, height, width, outputs).permute(0, 3, 1, 2)
 
 
+def mix_winograd(
+    inputs: torch.Tensor,
+    kernels: Sequence[torch.Tensor],
+    weights: torch.Tensor,
+    residual: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Computes the literal form with Winograd's algorithm for every 3x3 kernel.
+
+    Arguments and result as in `mix_literally`, but float32 or float64 only; the result of 3x3 kernels has its channels
+    innermost in memory.
+    Cost: that of `winograd.convolve` for a 3x3 kernel, of a convolution for any other.
+    """
+    outputs = (
+        convolve(inputs, kernel) if kernel.shape[-1] == 3 else _convolve_directly(inputs, kernel) for kernel in kernels
+    )
+    return _weighted_sum(outputs, weights, residual)
+
+
 FORMS = {
     "literal": mix_literally,
     "concatenated": mix_concatenated,
     "grouped": mix_grouped,
     "patches": mix_patches,
+    "winograd": mix_winograd,
 }
 """Every form by name. They differ in cost only."""
 
@@ -108,26 +121,47 @@ MIXES_KERNELS = ("grouped", "patches")
 """Forms in which one more convolution costs nearly nothing, be it the shortcut."""
 
 
-def choose_form(kernel_sizes: Sequence[int], inputs: torch.Tensor) -> Form:
-    """Picks the cheaper form for a block from its kernels' sides and the input's shape and device.
+def choose_form(kernel_sizes: Sequence[int], outputs: int, inputs: torch.Tensor) -> Form:
+    """Picks the cheapest form for a block from its kernels' sides, its output channels, and its input.
 
-    The rule is what `benchmarks/mixture.py` measured in float32 on two CPU cores. The literal form costs the area of
-    all kernels over that of the largest. The grouped form costs one convolution and the mixing of the kernels, which
-    weighs the more, the fewer places a kernel is used at; on a single image it always wins. The images themselves,
-    with three channels or one, go through patches.
+    The rule is what `benchmarks/mixture.py` measured in float32 on two CPU cores, with one direct convolution as the
+    unit. The literal form costs the area of all kernels over that of the largest. The grouped form costs one
+    convolution and the mixing of the kernels, which weighs the more, the fewer places a kernel is used at; on a single
+    image it always wins. Winograd's costs a part of the literal one where channels are many, in training only: the
+    backward pass gains the most. The images themselves, with three channels or one, go through patches.
     """
     images, channels, height, width = inputs.shape
     if inputs.device.type == "cpu" and channels <= 3 and not inputs.requires_grad:
         return "patches"
-    if len(kernel_sizes) == 1:
-        return "literal"
-    if images == 1:
+    if images == 1 and len(kernel_sizes) > 1:
         return "grouped"
     if inputs.device.type != "cpu":
         return "literal"  # grouped convolutions with few channels a group miss the fast kernels of most accelerators
-    literal_cost = sum(side**2 for side in kernel_sizes) / max(kernel_sizes) ** 2
-    grouped_cost = 1.2 + 64 / (height * width)
-    return "grouped" if literal_cost > grouped_cost else "literal"
+    area = max(kernel_sizes) ** 2
+    costs: dict[Form, float] = {
+        "literal": sum(side**2 for side in kernel_sizes) / area,
+        "grouped": 1.2 + 64 / (height * width),
+    }
+    if min(channels, outputs) >= 64 and torch.is_grad_enabled() and inputs.dtype in (torch.float32, torch.float64):
+        costs["winograd"] = sum(side**2 * (0.7 if side == 3 else 1) for side in kernel_sizes) / area
+    return min(costs, key=costs.__getitem__)
+
+
+def _convolve_directly(inputs: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
+    return functional.conv2d(inputs, kernel, padding=kernel.shape[-1] // 2)
+
+
+def _weighted_sum(
+    outputs: Iterable[torch.Tensor], weights: torch.Tensor, residual: torch.Tensor | None
+) -> torch.Tensor:
+    total = residual
+    for output, weight in zip(outputs, weights[:, :, None, None, None].unbind(1), strict=True):
+        # One pass over the output instead of one to scale and one to add: on a CPU these passes are a quarter of the
+        # block's time.
+        total = output * weight if total is None else torch.addcmul(total, output, weight)
+    if total is None:
+        raise ValueError("a mixture needs at least one kernel, received none")
+    return total
 
 
 def _same_size(kernels: Sequence[torch.Tensor]) -> list[torch.Tensor]:

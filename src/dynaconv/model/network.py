@@ -4,9 +4,10 @@ import math
 
 import torch
 from torch import nn
+from torch.nn import functional
 
 from dynaconv.errors import UserError
-from dynaconv.model.mixture import FORMS, MIXES_KERNELS, choose_form, mix_literally
+from dynaconv.model.mixture import FORMS, MIXES_KERNELS, choose_form, mix_literally, mix_winograd
 from dynaconv.recipe import ModelSettings
 
 
@@ -16,9 +17,10 @@ class Block(nn.Module):
         a = mean over height and width of X, times W, plus b        (N, K), unbounded
         O = a_1 Conv_1(X) + ... + a_K Conv_K(X) + shortcut(X)        (N, O, H, W)
 
-    The shortcut is the identity where the channels stay the same, else a 1x1 convolution. At the start W is zero
-    and b is 1/sqrt(K): every image gets the same mixture, with the variance of one convolution. A random W, as torch
-    would draw it, stops seven blocks from learning at all (docs/log.md).
+    The shortcut is X itself, continued by channels of zeros or cut off where O differs from C: a projection would be
+    one more 1x1 convolution that is not mixed. At the start W is zero and b is 1/sqrt(K): every image gets the same
+    mixture, with the variance of one convolution. A random W, as torch would draw it, stops seven blocks from learning
+    at all (docs/log.md).
     """
 
     def __init__(
@@ -43,16 +45,11 @@ class Block(nn.Module):
         self.weigh = nn.Linear(in_channels, num_convolutions)
         sides = [kernel_sizes[k % len(kernel_sizes)] for k in range(num_convolutions)]
         self.kernels = nn.ParameterList(torch.empty(out_channels, in_channels, side, side) for side in sides)
-        self.shortcut = (
-            nn.Identity() if in_channels == out_channels else nn.Conv2d(in_channels, out_channels, 1, bias=False)
-        )
         self.form = form
         nn.init.zeros_(self.weigh.weight)
         nn.init.constant_(self.weigh.bias, 1 / math.sqrt(num_convolutions))
         for kernel in self.kernels:
             nn.init.kaiming_normal_(kernel, nonlinearity="relu")
-        if isinstance(self.shortcut, nn.Conv2d):
-            nn.init.kaiming_normal_(self.shortcut.weight, nonlinearity="relu")
 
     def mixing_weights(self, inputs: torch.Tensor) -> torch.Tensor:
         """Returns a, (N, K): the weight of each convolution in each image of `inputs`, (N, C, H, W)."""
@@ -62,19 +59,20 @@ class Block(nn.Module):
         """Maps (N, C, H, W) to (N, O, H, W)."""
         weights = self.mixing_weights(inputs)
         kernels = list(self.kernels)
-        form = choose_form([kernel.shape[-1] for kernel in kernels], inputs) if self.form == "auto" else self.form
+        outputs = kernels[0].shape[0]
+        sides = [kernel.shape[-1] for kernel in kernels]
+        form = choose_form(sides, outputs, inputs) if self.form == "auto" else self.form
         if form in MIXES_KERNELS:
             # The shortcut is one more convolution, always with weight one: inside the mixed kernel it costs nothing.
-            kernels.append(self._shortcut_kernel(inputs))
+            identity = torch.eye(outputs, inputs.shape[1], dtype=inputs.dtype, device=inputs.device)
+            kernels.append(identity[:, :, None, None])
             return FORMS[form](inputs, kernels, torch.cat([weights, torch.ones_like(weights[:, :1])], dim=1))
+        shortcut = functional.pad(inputs, (0, 0, 0, 0, 0, outputs - inputs.shape[1]))
         if form == "literal":
-            return mix_literally(inputs, kernels, weights, self.shortcut(inputs))
-        return FORMS[form](inputs, kernels, weights) + self.shortcut(inputs)
-
-    def _shortcut_kernel(self, inputs: torch.Tensor) -> torch.Tensor:
-        if isinstance(self.shortcut, nn.Conv2d):
-            return self.shortcut.weight
-        return torch.eye(inputs.shape[1], dtype=inputs.dtype, device=inputs.device)[:, :, None, None]
+            return mix_literally(inputs, kernels, weights, shortcut)
+        if form == "winograd":
+            return mix_winograd(inputs, kernels, weights, shortcut)
+        return FORMS[form](inputs, kernels, weights) + shortcut
 
 
 class Backbone(nn.Module):

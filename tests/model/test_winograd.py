@@ -1,0 +1,61 @@
+"""Winograd's algorithm against torch's convolution."""
+
+import pytest
+import torch
+
+from dynaconv.model.winograd import convolve
+
+
+def make_case(images, channels, outputs, height, width, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(0)
+    inputs = torch.randn(images, channels, height, width, generator=generator, dtype=dtype)
+    kernel = torch.randn(outputs, channels, 3, 3, generator=generator, dtype=dtype)
+    return inputs, kernel
+
+
+@pytest.mark.parametrize(
+    "case",
+    [(2, 3, 5, 8, 8), (3, 4, 2, 7, 5), (1, 2, 3, 1, 1), (2, 1, 1, 4, 13), (1, 3, 4, 2, 6)],
+    ids=str,
+)
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_convolution_and_its_gradients(case, memory_format):
+    results = []
+    for convolution in (lambda x, k: torch.nn.functional.conv2d(x, k, padding=1), convolve):
+        inputs, kernel = make_case(*case)
+        inputs = inputs.contiguous(memory_format=memory_format).requires_grad_()
+        kernel.requires_grad_()
+        outputs = convolution(inputs, kernel)
+        outputs.sin().sum().backward()
+        results.append((outputs.detach(), inputs.grad, kernel.grad))
+    for direct, winograd in zip(*results, strict=True):
+        torch.testing.assert_close(winograd, direct, rtol=1e-12, atol=1e-12)
+
+
+def test_gradients_are_those_of_finite_differences():
+    inputs, kernel = make_case(2, 2, 1, 5, 3)
+    assert torch.autograd.gradcheck(convolve, (inputs.requires_grad_(), kernel.requires_grad_()))
+
+
+@pytest.mark.parametrize("wanted", ["inputs", "kernel"])
+def test_a_gradient_that_nobody_wants_is_not_computed(wanted):
+    inputs, kernel = make_case(1, 2, 2, 4, 4)
+    (inputs if wanted == "inputs" else kernel).requires_grad_()
+    convolve(inputs, kernel).sum().backward()
+    assert (inputs.grad is None) == (wanted == "kernel")
+    assert (kernel.grad is None) == (wanted == "inputs")
+
+
+def test_float32_stays_close_at_the_widths_it_is_used_for():
+    inputs, kernel = make_case(4, 256, 128, 8, 8, torch.float32)
+    exact = torch.nn.functional.conv2d(inputs.double(), kernel.double(), padding=1)
+    error = (convolve(inputs, kernel) - exact).norm() / exact.norm()
+    assert error < 1e-5
+
+
+def test_a_second_derivative_is_refused_and_not_wrong():
+    inputs, kernel = make_case(1, 1, 1, 4, 4)
+    inputs.requires_grad_()
+    (gradient,) = torch.autograd.grad(convolve(inputs, kernel).square().sum(), inputs, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        gradient.sum().backward()
