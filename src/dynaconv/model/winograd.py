@@ -81,8 +81,10 @@ class _Convolution(torch.autograd.Function):
         return joined[:, :height, :width].permute(0, 3, 1, 2)
 
     @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    @once_differentiable  # untyped, which hides the signature from the type checker
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, gradient: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
         tiles, kernels = ctx.saved_tensors
         height, width = ctx.map
         images, outputs = gradient.shape[:2]
