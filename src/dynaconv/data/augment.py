@@ -91,12 +91,12 @@ def augment(images: torch.Tensor, settings: AugmentSettings, draws: Draws) -> to
     if settings.degrees or settings.translate or settings.scale_min != 1 or settings.scale_max != 1:
         images = affine(images, draws, settings.interpolation, settings.fill)
     if settings.brightness:
-        images = (images * _per_image(draws.brightness)).clamp(0, 1)
+        images = (images * _per_image(draws.brightness)).clamp_(0, 1)
     if settings.contrast:
         mean = to_grey(images).mean((1, 2, 3), keepdim=True)
-        images = torch.lerp(mean, images, _per_image(draws.contrast)).clamp(0, 1)
+        images = torch.lerp(mean, images, _per_image(draws.contrast)).clamp_(0, 1)
     if images.shape[1] == 3 and settings.saturation:
-        images = torch.lerp(to_grey(images), images, _per_image(draws.saturation)).clamp(0, 1)
+        images = torch.lerp(to_grey(images), images, _per_image(draws.saturation)).clamp_(0, 1)
     if images.shape[1] == 3 and settings.hue:
         images = turn_hue(images, draws.hue)
     return images
@@ -134,8 +134,8 @@ def affine(
 
 def turn_hue(images: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
     """Turns the hue by (N,) `turns` of the circle, keeping HSV's saturation and value. (N, 3, H, W), 0 to 1."""
-    red, green, blue = images.unbind(1)
-    value, low = images.amax(1), images.amin(1)
+    red, green, blue = images.split(1, dim=1)
+    value, low = images.amax(1, keepdim=True), images.amin(1, keepdim=True)
     chroma = value - low
     safe = chroma.clamp_min(1e-12)
     sixth = torch.where(
@@ -143,13 +143,10 @@ def turn_hue(images: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
         (green - blue) / safe,
         torch.where(value == green, 2 + (blue - red) / safe, 4 + (red - green) / safe),
     )
-    sixth = sixth + 6 * turns[:, None, None]
-
-    def channel(offset: int) -> torch.Tensor:
-        place = (sixth + offset) % 6
-        return value - chroma * torch.minimum(place, 4 - place).clamp(0, 1)
-
-    return torch.stack([channel(5), channel(3), channel(1)], dim=1)
+    sixth += 6 * _per_image(turns)
+    # Red, green and blue see the same curve over the circle, from different places.
+    place = (sixth + sixth.new_tensor([5.0, 3.0, 1.0])[:, None, None]).remainder_(6)
+    return value - torch.minimum(place, 4 - place).clamp_(0, 1).mul_(chroma)
 
 
 def to_grey(images: torch.Tensor) -> torch.Tensor:
