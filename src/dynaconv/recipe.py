@@ -74,13 +74,13 @@ class AugmentSettings:
     Order: RandomAffine, ColorJitter, Normalize. Zero strength switches a transform off.
     """
 
-    degrees: float = 12.0
+    degrees: float = 15.0
     """RandomAffine: rotation is drawn from [-degrees, degrees], 0 to 180 degrees."""
     translate: float = 0.125
     """RandomAffine: shift per axis is drawn from [-translate, translate] times the side, 0 to 0.5."""
-    scale_min: float = 0.85
+    scale_min: float = 0.8
     """RandomAffine: smallest zoom factor, 0.25 to 4."""
-    scale_max: float = 1.15
+    scale_max: float = 1.2
     """RandomAffine: largest zoom factor, scale_min to 4."""
     interpolation: Literal["nearest", "bilinear", "bicubic"] = "bicubic"
     """RandomAffine: how a pixel between pixels is read. Bilinear blurs every training image; bicubic hardly does."""
@@ -116,11 +116,11 @@ class AugmentSettings:
 class ModelSettings:
     """The network: a backbone of N blocks B_1..B_N and a classifier."""
 
-    widths: tuple[int, ...] = (24, 32, 32, 64, 64, 128)
+    widths: tuple[int, ...] = (24, 64, 128, 128, 192)
     """Output channels of each block; their number is N. 1 to 64 blocks, 1 to 4096 channels."""
-    num_convolutions: tuple[int, ...] = (4, 2, 2, 2, 2, 2)
+    num_convolutions: tuple[int, ...] = (4, 2, 2, 2, 2)
     """K, the convolutions mixed in a block: one number for all blocks or one per block, 1 to 64."""
-    pool_after: tuple[int, ...] = (1, 3, 5)
+    pool_after: tuple[int, ...] = (1, 2, 4)
     """Blocks (counted from 1) whose output map is halved by a 2x2 max-pooling."""
     kernel_sizes: tuple[int, ...] = (3, 1)
     """Sides of the mixed convolutions in pixels, odd, 1 to 11; taken in turn, so `3 1` mixes 3x3 with 1x1."""
