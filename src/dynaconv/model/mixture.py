@@ -143,7 +143,7 @@ def choose_form(kernel_sizes: Sequence[int], outputs: int, inputs: torch.Tensor)
         "grouped": 1.2 + 64 / (height * width),
     }
     if min(channels, outputs) >= 64 and torch.is_grad_enabled() and inputs.dtype in (torch.float32, torch.float64):
-        share = 0.5 + 16 / min(channels, outputs)  # of a direct 3x3 convolution; the transforms weigh less in wide blocks
+        share = 0.5 + 16 / min(channels, outputs)  # of a direct 3x3 convolution: wide blocks hide the transforms
         costs["winograd"] = sum(side**2 * (share if side == 3 else 1) for side in kernel_sizes) / area
     return min(costs, key=costs.__getitem__)
 
