@@ -49,6 +49,7 @@ def test_with_settings_replaces_in_the_right_group_and_nothing_else():
         ({"degrees": 181.0}, "--degrees must be from 0 to 180 degrees, received 181."),
         ({"degrees": float("nan")}, "--degrees must be from 0 to 180 degrees, received nan."),
         ({"hue": 0.6}, "--hue must be from 0 to 0.5, received 0.6."),
+        ({"flip": 1.5}, "--flip must be from 0 to 1, received 1.5."),
         ({"scale_max": 0.5}, "--scale-max must be from 0.8 to 4, received 0.5."),
         ({"learning_rate": 0.0}, "--learning-rate must be above 0 and at most 1, received 0."),
         ({"validation_fraction": 0.9}, "--validation-fraction must be from 0.01 to 0.5, received 0.9."),

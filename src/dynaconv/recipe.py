@@ -82,6 +82,8 @@ class AugmentSettings:
     """RandomAffine: smallest zoom factor, 0.25 to 4."""
     scale_max: float = 1.2
     """RandomAffine: largest zoom factor, scale_min to 4."""
+    flip: float = 0.0
+    """RandomAffine: chance that left and right are swapped, 0 to 1. Letters and digits need 0."""
     interpolation: Literal["nearest", "bilinear", "bicubic"] = "bicubic"
     """RandomAffine: how a pixel between pixels is read. Bilinear blurs every training image; bicubic hardly does."""
     fill: Literal["black", "border", "reflection"] = "reflection"
@@ -105,6 +107,7 @@ class AugmentSettings:
         _require_range("translate", self.translate, 0, 0.5)
         _require_range("scale_min", self.scale_min, 0.25, 4)
         _require_range("scale_max", self.scale_max, self.scale_min, 4)
+        _require_range("flip", self.flip, 0, 1)
         for name in ("brightness", "contrast", "saturation"):
             _require_range(name, getattr(self, name), 0, 1)
         _require_range("hue", self.hue, 0, 0.5)

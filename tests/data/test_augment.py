@@ -1,5 +1,7 @@
 """The transforms: against kornia's functions, identity at zero strength, independence of the images."""
 
+import dataclasses
+
 import kornia
 import pytest
 import torch
@@ -8,7 +10,9 @@ from dynaconv.data.augment import Draws, affine, augment, draw, normalize, to_gr
 from dynaconv.recipe import AugmentSettings, Recipe, with_settings
 
 COUNT = 16
-OFF = AugmentSettings(degrees=0, translate=0, scale_min=1, scale_max=1, brightness=0, contrast=0, saturation=0, hue=0)
+OFF = AugmentSettings(
+    degrees=0, translate=0, scale_min=1, scale_max=1, flip=0, brightness=0, contrast=0, saturation=0, hue=0
+)
 
 
 @pytest.fixture
@@ -76,21 +80,25 @@ def test_same_generator_state_gives_the_same_draws():
     assert not torch.equal(first.angle, other.angle)
 
 
+def shift(right, down=0.0):
+    """Draws for one image that only shift it, by shares of its sides."""
+    nothing = dict.fromkeys(("angle", "hue"), torch.zeros(1))
+    factors = dict.fromkeys(("scale", "brightness", "contrast", "saturation", "mirror"), torch.ones(1))
+    return Draws(shift_x=torch.tensor([right]), shift_y=torch.tensor([down]), **nothing, **factors)
+
+
 def test_affine_shifts_to_the_right_and_down():
     image = torch.zeros(1, 1, 8, 8)
     image[0, 0, 2, 3] = 1
-    zero, one = torch.zeros(1), torch.ones(1)
-    moved = affine(image, Draws(zero, one * 2 / 8, one * 3 / 8, one, one, one, one, zero), "bicubic", "black")
+    moved = affine(image, shift(2 / 8, 3 / 8), "bicubic", "black")
     assert moved[0, 0, 5, 5].item() == pytest.approx(1, abs=1e-5)
     assert moved.sum().item() == pytest.approx(1, abs=1e-4)
 
 
 def test_affine_reads_pixels_and_fills_the_outside_as_asked():
     ramp = torch.arange(1.0, 9.0).div(8).expand(1, 1, 8, 8)  # columns of 1/8, 2/8 .. 1
-    zero, one = torch.zeros(1), torch.ones(1)
-    shift = Draws(zero, one * 2 / 8, zero, one, one, one, one, zero)
     first_columns = {
-        fill: (affine(ramp, shift, "nearest", fill)[0, 0, 4, :3] * 8).round().tolist()
+        fill: (affine(ramp, shift(2 / 8), "nearest", fill)[0, 0, 4, :3] * 8).round().tolist()
         for fill in ("black", "border", "reflection")
     }
     assert first_columns == {"black": [0, 0, 1], "border": [1, 1, 1], "reflection": [2, 1, 1]}
@@ -98,8 +106,7 @@ def test_affine_reads_pixels_and_fills_the_outside_as_asked():
 
 def test_bicubic_keeps_more_detail_than_bilinear_and_stays_in_range():
     stripes = torch.tensor([0.1, 0.1, 0.9, 0.9] * 4).expand(1, 1, 16, 16)
-    zero, one = torch.zeros(1), torch.ones(1)
-    half_a_pixel = Draws(zero, one * 0.5 / 16, zero, one, one, one, one, zero)
+    half_a_pixel = shift(0.5 / 16)
     linear, cubic = (affine(stripes, half_a_pixel, kind, "reflection") for kind in ("bilinear", "bicubic"))
     assert cubic.diff(dim=3).square().sum() > 1.2 * linear.diff(dim=3).square().sum()
     sharp = torch.tensor([0.0, 0.0, 1.0, 1.0] * 4).expand(1, 1, 16, 16)
@@ -107,8 +114,25 @@ def test_bicubic_keeps_more_detail_than_bilinear_and_stays_in_range():
     assert affine(sharp, half_a_pixel, "bicubic", "reflection").max() <= 1
 
 
+def test_flip_swaps_left_and_right_of_the_share_asked_for(images):
+    settings = with_settings(Recipe(augment=OFF), flip=0.25).augment
+    draws = draw(settings, 10_000, torch.Generator().manual_seed(0))
+    assert (draws.mirror < 0).float().mean().item() == pytest.approx(0.25, abs=0.02)
+    flipped = augment(images, settings, draws.at(torch.arange(COUNT)))
+    swapped = (draws.mirror[:COUNT] < 0)[:, None, None, None]
+    assert 0 < swapped.sum() < COUNT
+    torch.testing.assert_close(flipped, torch.where(swapped, images.flip(3), images), rtol=0, atol=1e-5)
+
+
+def test_a_mirrored_image_is_moved_as_the_others_are(images):
+    settings = AugmentSettings(degrees=40, translate=0.2, flip=1)
+    draws = draws_of(settings)
+    straight = dataclasses.replace(draws, mirror=torch.ones(COUNT))
+    torch.testing.assert_close(affine(images, draws), affine(images.flip(3), straight), rtol=0, atol=1e-4)
+
+
 def test_affine_equals_kornia(images):
-    settings = AugmentSettings(degrees=40, translate=0.2, scale_min=0.7, scale_max=1.4)
+    settings = AugmentSettings(degrees=40, translate=0.2, scale_min=0.7, scale_max=1.4, flip=0)
     draws = draws_of(settings)
     height, width = images.shape[2:]
     matrix = kornia.geometry.get_affine_matrix2d(

@@ -29,6 +29,8 @@ class Draws:
     """Shift downwards as a share of the height."""
     scale: torch.Tensor
     """Zoom factor; above one enlarges."""
+    mirror: torch.Tensor
+    """-1 swaps left and right, 1 does not."""
     brightness: torch.Tensor
     contrast: torch.Tensor
     saturation: torch.Tensor
@@ -60,6 +62,7 @@ def draw(settings: AugmentSettings, count: int, generator: torch.Generator) -> D
         contrast=uniform(1 - settings.contrast, 1 + settings.contrast),
         saturation=uniform(1 - settings.saturation, 1 + settings.saturation),
         hue=uniform(-settings.hue, settings.hue),
+        mirror=torch.where(uniform(0, 1) < settings.flip, -1.0, 1.0),
     )
 
 
@@ -88,7 +91,7 @@ def augment(images: torch.Tensor, settings: AugmentSettings, draws: Draws) -> to
     Returns:
         (N, C, H, W) float, 0 to 1.
     """
-    if settings.degrees or settings.translate or settings.scale_min != 1 or settings.scale_max != 1:
+    if any((settings.degrees, settings.translate, settings.scale_min != 1, settings.scale_max != 1, settings.flip)):
         images = affine(images, draws, settings.interpolation, settings.fill)
     if settings.brightness:
         images = (images * _per_image(draws.brightness)).clamp_(0, 1)
@@ -109,20 +112,21 @@ PADDING = {"black": "zeros", "border": "border", "reflection": "reflection"}
 def affine(
     images: torch.Tensor, draws: Draws, interpolation: str = "bicubic", fill: str = "reflection"
 ) -> torch.Tensor:
-    """Zooms and rotates about the centre, then shifts. (N, C, H, W), 0 to 1, to the same shape and range.
+    """Mirrors, zooms and rotates about the centre, then shifts. (N, C, H, W), 0 to 1, to the same shape and range.
 
     Interpolation and fill as in AugmentSettings. They matter: black corners and the blur of bilinear resampling are
     seen in every training image and in no test image (docs/decisions/0005-resampling.md).
     """
     height, width = images.shape[2:]
     cosine, sine = torch.cos(draws.angle) / draws.scale, torch.sin(draws.angle) / draws.scale
-    # The sampling grid maps each output place to its source: the inverse of shift after rotation after zoom.
+    # The grid maps each output place to its source: the inverse of shift after rotation after zoom after mirror.
     # Grid coordinates run from -1 to 1 on both axes, so a share of the side counts twice, and rotation in an oblong
     # image has to be corrected by the ratio of its sides.
     right, down = 2 * draws.shift_x, 2 * draws.shift_y
     row_x = torch.stack([cosine, sine * height / width, -cosine * right - sine * height / width * down], dim=1)
     row_y = torch.stack([-sine * width / height, cosine, sine * width / height * right - cosine * down], dim=1)
-    grid = functional.affine_grid(torch.stack([row_x, row_y], dim=1), list(images.shape), align_corners=False)
+    rows = torch.stack([row_x * draws.mirror[:, None], row_y], dim=1)
+    grid = functional.affine_grid(rows, list(images.shape), align_corners=False)
     # MPS lacks the cubic and the mirror image; a batch of small images is soon there and back.
     place = torch.device("cpu") if images.device.type == "mps" else images.device
     sampled = functional.grid_sample(
