@@ -60,6 +60,7 @@ def summarise(seeds: list[int]) -> None:
         recipe=json.loads((RUNS / f"seed-{seeds[0]}" / "recipe.json").read_text()),
         data_sha256=sorted({result["data_sha256"] for result in results}),
         run_commits=[environment["commit"] for environment in environments],
+        threads=[environment["threads"] for environment in environments],
         test_looks=[result["test_looks"] for result in results],
         parameters=results[0]["parameters"],
     )
