@@ -82,7 +82,7 @@ class AugmentSettings:
     """RandomAffine: smallest zoom factor, 0.25 to 4."""
     scale_max: float = 1.2
     """RandomAffine: largest zoom factor, scale_min to 4."""
-    flip: float = 0.0
+    flip: float = 0.5
     """RandomAffine: chance that left and right are swapped, 0 to 1. Letters and digits need 0."""
     interpolation: Literal["nearest", "bilinear", "bicubic"] = "bicubic"
     """RandomAffine: how a pixel between pixels is read. Bilinear blurs every training image; bicubic hardly does."""
@@ -119,9 +119,9 @@ class AugmentSettings:
 class ModelSettings:
     """The network: a backbone of N blocks B_1..B_N and a classifier."""
 
-    widths: tuple[int, ...] = (24, 64, 128, 128, 192)
+    widths: tuple[int, ...] = (24, 48, 96, 96, 128, 128)
     """Output channels of each block; their number is N. 1 to 64 blocks, 1 to 4096 channels."""
-    num_convolutions: tuple[int, ...] = (4, 2, 2, 2, 2)
+    num_convolutions: tuple[int, ...] = (4, 2, 2, 2, 2, 2)
     """K, the convolutions mixed in a block: one number for all blocks or one per block, 1 to 64."""
     pool_after: tuple[int, ...] = (1, 2, 4)
     """Blocks (counted from 1) whose output map is halved by a 2x2 max-pooling."""
