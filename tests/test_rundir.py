@@ -103,3 +103,18 @@ def test_files_are_as_readable_as_others(tmp_path):
     with writing_whole(tmp_path / "file.json") as temporary:
         temporary.write_text(json.dumps({}))
     assert stat.S_IMODE((tmp_path / "file.json").stat().st_mode) == stat.S_IMODE((tmp_path / "plain").stat().st_mode)
+
+
+def test_weights_that_do_not_fit_are_one_sentence_and_the_old_ones_stay(tmp_path):
+    resource = pytest.importorskip("resource")
+    run = RunDir.create(tmp_path / "run")
+    run.write_weights({"a": torch.ones(10)})
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, limits[1]))  # a real write that fails half way, as on a full disk
+    try:
+        with pytest.raises(UserError, match=r"model\.safetensors cannot be written: File too large\."):
+            run.write_weights({"a": torch.ones(1000)})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert torch.equal(run.read_weights()["a"], torch.ones(10))
+    assert [path.name for path in run.path.iterdir() if path.name.startswith(".")] == []

@@ -92,10 +92,12 @@ class RunDir:
 
     def write_weights(self, tensors: "dict[str, torch.Tensor]") -> None:
         """Writes model.safetensors: named tensors, nothing that could be run."""
-        from safetensors.torch import save_file
+        from safetensors.torch import save
 
+        # Not save_file: on a full disk it raises an error of its own, which is no OSError.
+        content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
         with writing_whole(self.path / WEIGHTS) as temporary:
-            save_file({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}, temporary)
+            temporary.write_bytes(content)
 
     def read_weights(self) -> "dict[str, torch.Tensor]":
         """Reads model.safetensors; raises UserError if it is missing or damaged."""
