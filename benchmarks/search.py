@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import torch
-from record import write_result
+from record import measured_commit, write_result
 
 from dynaconv.arguments import parse_training
 from dynaconv.data.batches import Batches
@@ -71,6 +71,7 @@ def attempt(name: str, words: list[str], recipe: Recipe) -> dict[str, object]:
     return {
         "name": name,
         "words": words,
+        "commit": measured_commit(),
         "epochs": len(history),
         "seconds": seconds,
         "threads": torch.get_num_threads(),
