@@ -18,9 +18,8 @@ from record import measured_commit, write_result
 from dynaconv.arguments import parse_training
 from dynaconv.data.batches import Batches
 from dynaconv.device import keep_freed_memory, pick_device, use_threads
-from dynaconv.experiment import load_training_data
+from dynaconv.experiment import build_model, load_training_data, training_batches
 from dynaconv.judging.evaluate import evaluate
-from dynaconv.model.network import build_network
 from dynaconv.recipe import Recipe
 from dynaconv.training.loop import Epoch, fit
 
@@ -48,26 +47,27 @@ def attempt(name: str, words: list[str], recipe: Recipe) -> dict[str, object]:
     keep_freed_memory()
     use_threads(recipe.train.threads)
     data = load_training_data(recipe, device, print)
-    images = data.train.images
-    model = build_network(recipe.model, images.shape[1], len(data.train.classes), images.shape[2], recipe.train.seed)
-    model.to(device)
     started = time.perf_counter()
+    model = build_model(recipe, data, device)
 
     def report(epoch: Epoch) -> None:
         print(f"{time.perf_counter() - started:6.0f} s  {epoch.line(recipe.train.epochs)}", flush=True)
 
     history = fit(
         model,
-        Batches(data.train, recipe.train.batch_size, recipe.augment, recipe.train.seed),
+        training_batches(recipe, data),
         Batches(data.validation, recipe.evaluate.evaluation_batch_size, recipe.augment),
         recipe,
         device,
         report,
     )
     seconds = time.perf_counter() - started
+    averaged = evaluate(model, data.validation, recipe, recipe.evaluate.views).accuracy
     plain = evaluate(model, data.train.subset(torch.arange(min(UNAUGMENTED, len(data.train)))), recipe)
     last = history[-1]
-    print(f"{name}: {last.validation_accuracy:.4f}, training images without augmentation {plain.accuracy:.4f}")
+    print(
+        f"{name}: validation {last.validation_accuracy:.4f}, with TTA {averaged:.4f}, plain train {plain.accuracy:.4f}"
+    )
     return {
         "name": name,
         "words": words,
@@ -77,6 +77,7 @@ def attempt(name: str, words: list[str], recipe: Recipe) -> dict[str, object]:
         "threads": torch.get_num_threads(),
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "validation_accuracy": last.validation_accuracy,
+        "validation_accuracy_tta": averaged,
         "validation_loss": last.validation_loss,
         "train_accuracy": last.training_accuracy,
         "train_loss": last.training_loss,

@@ -72,8 +72,7 @@ def test_figures_of_the_coursework_recipe_are_those_of_its_result():
 def test_the_measured_coursework_recipe_is_the_one_in_the_table():
     stored = json.loads((RESULTS / "coursework.json").read_text())["recipe"]
     recipe = RECIPES["coursework"]()
-    assert stored["model"] == json.loads(json.dumps(recipe.model.__dict__))
     # A setting that came after the measurement has the default that means what was done before it came.
-    assert stored["augment"].items() <= recipe.augment.__dict__.items()
-    assert stored["optim"] == recipe.optim.__dict__
+    for group in ("model", "augment", "optim"):
+        assert stored[group].items() <= json.loads(json.dumps(getattr(recipe, group).__dict__)).items()
     assert (stored["train"]["epochs"], stored["train"]["batch_size"]) == (50, 75)

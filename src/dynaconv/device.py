@@ -6,6 +6,8 @@ import os
 import platform
 import subprocess
 import sys
+from collections.abc import Callable
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +28,32 @@ def pick_device(wanted: str) -> torch.device:
     if not there[wanted]:
         raise UserError(f"--device {wanted} is not there on this machine; leave it out to take what is.")
     return torch.device(wanted)
+
+
+def pick_precision(wanted: str, device: torch.device, say: Callable[[str], None]) -> torch.dtype:
+    """Returns the number format for "auto" (bfloat16 where the device is faster in it) or the one named.
+
+    A device that lacks bfloat16 falls back to float32 and says so.
+    """
+    fast = has_fast_bfloat16(device)
+    if wanted == "bfloat16" and not fast:
+        say(f"--precision bfloat16 would be slower on {device} of this machine, which lacks it: float32 is taken.")
+    return torch.bfloat16 if fast and wanted != "float32" else torch.float32
+
+
+def has_fast_bfloat16(device: torch.device) -> bool:
+    """Tells whether the device has instructions for bfloat16; torch imitates them where they are missing, slowly."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device.type == "cpu":
+        capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # newer than the oldest torch that is taken
+        return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16", "bf16"))
+    return False
+
+
+def computing_in(precision: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
+    """Returns a context in which convolutions and matrix products run in `precision`."""
+    return torch.autocast(device.type, precision, enabled=precision != torch.float32)
 
 
 def use_threads(wanted: int) -> int:
@@ -60,7 +88,7 @@ def peak_memory_bytes() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-def describe_environment(device: torch.device) -> dict[str, Any]:
+def describe_environment(device: torch.device, precision: torch.dtype = torch.float32) -> dict[str, Any]:
     """Returns what a run should be repeatable from: versions, device, threads, precision, commit, command line."""
     packages = ("dynaconv", "torch", "numpy", "pillow", "pyarrow", "scikit-learn", "matplotlib", "safetensors")
     return {
@@ -71,7 +99,7 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
         "device_name": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "precision": "float32",
+        "precision": str(precision).removeprefix("torch."),
         "commit": _commit(),
         "command": sys.argv,
     }

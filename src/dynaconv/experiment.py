@@ -11,11 +11,20 @@ from typing import Any, Protocol
 
 import torch
 
+from dynaconv.data.augment import normalize, to_tensor
 from dynaconv.data.batches import Batches
 from dynaconv.data.images import ImageSet
 from dynaconv.data.sources import SourceOptions, load_images, resolve
 from dynaconv.data.split import Split, split_stratified
-from dynaconv.device import describe_environment, keep_freed_memory, peak_memory_bytes, pick_device, use_threads
+from dynaconv.device import (
+    computing_in,
+    describe_environment,
+    keep_freed_memory,
+    peak_memory_bytes,
+    pick_device,
+    pick_precision,
+    use_threads,
+)
 from dynaconv.errors import UserError, WorkError
 from dynaconv.judging.evaluate import Evaluation, evaluate
 from dynaconv.model.network import Network, build_network
@@ -23,7 +32,11 @@ from dynaconv.recipe import Recipe, with_settings
 from dynaconv.reporting.events import EventWriter
 from dynaconv.reporting.figures import draw_curves, draw_grid, save_figure
 from dynaconv.rundir import RESULT, RunDir
+from dynaconv.training.budget import plan_epochs, sizes_of_epochs
 from dynaconv.training.loop import Batch, DivergedError, Epoch, fit
+
+STEM_IMAGES = 1000
+"""Training images from which the stem is computed: a million patches for twelve numbers each."""
 
 
 class Track(Protocol):
@@ -94,6 +107,25 @@ def source_options(recipe: Recipe, say: Callable[[str], None]) -> SourceOptions:
     )
 
 
+def build_model(recipe: Recipe, data: TrainingData, device: torch.device) -> Network:
+    """Makes the untrained network of a run on its device; computes its stem, if any, from the training images."""
+    _, channels, side, _ = data.train.images.shape
+    smallest = min(recipe.train.train_sizes, default=side)
+    model = build_network(recipe.model, channels, len(data.train.classes), min(side, smallest), recipe.train.seed)
+    model.to(device)
+    if model.backbone.stem is not None:
+        # Images from all over the set: a folder of class folders is sorted by class.
+        some = data.train.images[:: max(1, len(data.train) // STEM_IMAGES)]
+        model.backbone.stem.fit(normalize(to_tensor(some), recipe.augment))
+    return model
+
+
+def training_batches(recipe: Recipe, data: TrainingData) -> Batches:
+    """Returns the batches that the recipe trains on: shuffled, augmented, scaled as each epoch wants it."""
+    sizes = sizes_of_epochs(recipe, recipe.train.epochs, data.train.images.shape[-1])
+    return Batches(data.train, recipe.train.batch_size, recipe.augment, recipe.train.seed, sizes)
+
+
 def run_experiment(
     recipe: Recipe,
     path: Path | None = None,
@@ -123,29 +155,28 @@ def run_experiment(
     path = path or Path("runs") / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     RunDir.require_free(path)
     device = pick_device(recipe.train.device)
+    precision = pick_precision(recipe.train.precision, device, say)
     keep_freed_memory()
     use_threads(recipe.train.threads)
     data = load_training_data(recipe, device, say)
     recipe = with_settings(recipe, source=data.source)
-    size = data.train.images.shape
-    model = build_network(recipe.model, size[1], len(data.train.classes), size[2], seed=recipe.train.seed).to(device)
+    training_started = time.time()
+    model = build_model(recipe, data, device)
+    if recipe.train.budget is not None:
+        with computing_in(precision, device):
+            recipe = plan_epochs(recipe, model, data.train, len(data.validation), device, say)
     run = RunDir.create(path)
-    _write_beginning(run, recipe, data, model, device)
+    _write_beginning(run, recipe, data, model, describe_environment(device, precision))
     say(f"{data.train.description}: {len(data.train)} training and {len(data.validation)} validation images.")
 
-    training_started = time.time()
-    history = _train(run, recipe, data, model, device, say, track)
+    with computing_in(precision, device):
+        history = _train(run, recipe, data, model, device, say, track)
     training_seconds = time.time() - training_started
 
-    # What there was to say about the source was said when its training images were read.
-    options = source_options(recipe, lambda notice: None)
-    test_images = load_images(data.source, "test", options).with_classes(data.train.classes).to(device)
-    judging_started = time.time()
-    validation, test = evaluate(model, data.validation, recipe), evaluate(model, test_images, recipe)
-    judging_seconds = time.time() - judging_started
-    _draw(run, recipe, history, test_images, test)
+    test_images, evaluations, judging_seconds = _judge(recipe, data, model, precision)
+    _draw(run, recipe, history, test_images, evaluations["test"])
     result = {
-        **_describe_outcome(recipe, data, model, history, validation, test),
+        **_describe_outcome(recipe, data, model, history, evaluations),
         "train_seconds": training_seconds + judging_seconds,
         "startup_seconds": training_started - started,
         "wall_seconds": time.time() - started,
@@ -155,15 +186,37 @@ def run_experiment(
     return {**result, "run_dir": str(path)}
 
 
+def _judge(
+    recipe: Recipe, data: TrainingData, model: Network, precision: torch.dtype
+) -> tuple[ImageSet, dict[str, Evaluation], float]:
+    """Opens the test split; returns its images, the evaluation of either split, and the seconds of all evaluations.
+
+    With test-time augmentation, there is a second evaluation of either split, its name continued by "_tta".
+    """
+    # What there was to say about the source was said when its training images were read.
+    options = source_options(recipe, lambda notice: None)
+    device = data.validation.images.device
+    test_images = load_images(data.source, "test", options).with_classes(data.train.classes).to(device)
+    started = time.time()
+    evaluations: dict[str, Evaluation] = {}
+    with computing_in(precision, device):
+        for split, images in (("validation", data.validation), ("test", test_images)):
+            evaluations[split] = evaluate(model, images, recipe)
+            if recipe.evaluate.views != "one":
+                evaluations[f"{split}_tta"] = evaluate(model, images, recipe, recipe.evaluate.views)
+    return test_images, evaluations, time.time() - started
+
+
 def _describe_outcome(
     recipe: Recipe,
     data: TrainingData,
     model: Network,
     history: list[Epoch],
-    validation: Evaluation,
-    test: Evaluation,
+    evaluations: dict[str, Evaluation],
 ) -> dict[str, Any]:
     """Returns what was trained and what it reached; training figures as in the last epoch, on augmented images."""
+    validation, test = evaluations["validation"], evaluations["test"]
+    averaged = {split: each for split, each in evaluations.items() if split.endswith("_tta")}
     return {
         "recipe": recipe.name,
         "seed": recipe.train.seed,
@@ -180,13 +233,16 @@ def _describe_outcome(
         "test_loss": test.loss,
         "test_images": len(test.labels),
         "test_looks": 1,
+        **{split.replace("_tta", "_accuracy_tta"): each.accuracy for split, each in averaged.items()},
     }
 
 
-def _write_beginning(run: RunDir, recipe: Recipe, data: TrainingData, model: Network, device: torch.device) -> None:
+def _write_beginning(
+    run: RunDir, recipe: Recipe, data: TrainingData, model: Network, environment: dict[str, Any]
+) -> None:
     """Writes all that is known before the first step, the untrained weights included."""
     run.write_recipe(recipe)
-    run.write_json("environment.json", {**describe_environment(device), "data_sha256": data.sha256})
+    run.write_json("environment.json", {**environment, "data_sha256": data.sha256})
     run.write_json(
         "split.json",
         {
@@ -221,9 +277,9 @@ def _train(
     track: Track,
 ) -> list[Epoch]:
     """Fits the model, and writes metrics and weights after every epoch."""
-    training = Batches(data.train, recipe.train.batch_size, recipe.augment, seed=recipe.train.seed)
-    validation = Batches(data.validation, recipe.evaluate.evaluation_batch_size, recipe.augment)
     epochs = recipe.train.epochs
+    training = training_batches(recipe, data)
+    validation = Batches(data.validation, recipe.evaluate.evaluation_batch_size, recipe.augment)
     finished = 0
     started = time.time()
     say(f"Training {recipe.name} on {device} ({torch.get_num_threads()} threads) into {run.path}")
@@ -260,6 +316,9 @@ class _Tracked:
 
     def __init__(self, batches: Batches, track: Track) -> None:
         self._batches, self._track = batches, track
+
+    def __len__(self) -> int:
+        return len(self._batches)
 
     def __iter__(self) -> Iterator[Batch]:
         return iter(self._track(self._batches, len(self._batches)))

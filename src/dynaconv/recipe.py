@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import math
+import re
 import types
 import typing
 from dataclasses import dataclass, field
@@ -32,6 +33,19 @@ def _require_count(name: str, value: int, at_least: int = 1) -> None:
         value >= at_least,
         f"--{name.replace('_', '-')} must be at least {at_least}, received {value}.",
     )
+
+
+def parse_duration(text: str) -> float:
+    """Returns the seconds of a time like 90s, 15m or 1.5h; raises UserError if it is none, or not above zero.
+
+    Example:
+        >>> parse_duration("1.5m")
+        90.0
+    """
+    match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text.strip())
+    seconds = float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]] if match else 0.0
+    _require(seconds > 0, f"--budget takes a time above zero, as 90s, 15m or 1.5h, received {text!r}.")
+    return seconds
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,6 +98,9 @@ class AugmentSettings:
     """RandomAffine: largest zoom factor, scale_min to 4."""
     flip: float = 0.5
     """RandomAffine: chance that left and right are swapped, 0 to 1. Letters and digits need 0."""
+    alternate_flip: bool = False
+    """RandomAffine: swap by turns instead of by chance: an image swapped in one epoch is not in the next. `flip` is
+    then the chance of being swapped in the first epoch."""
     interpolation: Literal["nearest", "bilinear", "bicubic"] = "bicubic"
     """RandomAffine: how a pixel between pixels is read. Bilinear blurs every training image; bicubic hardly does."""
     fill: Literal["black", "border", "reflection"] = "reflection"
@@ -117,8 +134,13 @@ class AugmentSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class ModelSettings:
-    """The network: a backbone of N blocks B_1..B_N and a classifier."""
+    """The network: a stem, a backbone of N blocks B_1..B_N and a classifier."""
 
+    stem_side: int = 0
+    """Side in pixels of a fixed convolution before the first block, which decorrelates neighbouring pixels and is
+    computed from training images before the first step; 0 for none, else 1 to 8."""
+    stem_stride: int = 1
+    """Step in pixels of the stem, 1 to stem_side: 2 halves the first map."""
     widths: tuple[int, ...] = (24, 48, 96, 96, 128, 128)
     """Output channels of each block; their number is N. 1 to 64 blocks, 1 to 4096 channels."""
     num_convolutions: tuple[int, ...] = (4, 2, 2, 2, 2, 2)
@@ -127,11 +149,18 @@ class ModelSettings:
     """Blocks (counted from 1) whose output map is halved by a 2x2 max-pooling."""
     kernel_sizes: tuple[int, ...] = (3, 1)
     """Sides of the mixed convolutions in pixels, odd, 1 to 11; taken in turn, so `3 1` mixes 3x3 with 1x1."""
+    activation: Literal["relu", "gelu", "silu"] = "relu"
+    """What follows batch norm, and the stem."""
+    norm_momentum: float = 0.1
+    """Share of the newest batch in batch norm's running mean and variance, above 0 and up to 1. A training of few
+    steps needs more than the usual 0.1."""
     mixture_form: Literal["auto", "literal", "concatenated", "grouped", "patches", "winograd"] = "auto"
     """How the mixture is computed. All forms give the same result; auto picks the cheaper per block."""
 
     def __post_init__(self) -> None:
         """Refuses impossible values."""
+        _require_range("stem_side", self.stem_side, 0, 8, " pixels")
+        _require_range("stem_stride", self.stem_stride, 1, max(1, self.stem_side), " (the stem's side)")
         _require(1 <= len(self.widths) <= 64, f"--widths needs 1 to 64 numbers, received {len(self.widths)}.")
         for width in self.widths:
             _require_range("widths", width, 1, 4096, " channels")
@@ -148,6 +177,10 @@ class ModelSettings:
             len(set(self.pool_after)) == len(self.pool_after),
             f"--pool-after names a block twice: {' '.join(map(str, self.pool_after))}.",
         )
+        _require(
+            0 < self.norm_momentum <= 1,
+            f"--norm-momentum must be above 0 and at most 1, received {self.norm_momentum:g}.",
+        )
         _require(len(self.kernel_sizes) > 0, "--kernel-sizes needs at least one number, received none.")
         for side in self.kernel_sizes:
             _require(
@@ -157,17 +190,32 @@ class ModelSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class OptimSettings:
-    """Adam on the cross-entropy, its rate following half a cosine from `learning_rate` to zero."""
+    """The loss, the optimiser and how its rates fall over the training."""
 
+    optimizer: Literal["adam", "muon"] = "adam"
+    """adam, or muon: Muon for the convolutions' kernels and Adam for all else."""
     learning_rate: float = 1e-3
-    """Adam's rate in the first epoch, above 0 and up to 1."""
+    """Adam's rate at the start, above 0 and up to 1."""
+    kernel_learning_rate: float = 0.24
+    """Muon's rate at the start, above 0 and up to 10, for kernels whose every output channel has norm one."""
+    kernel_momentum: float = 0.6
+    """Muon's momentum, 0 to below 1."""
+    schedule: Literal["cosine", "linear"] = "cosine"
+    """How the rates fall to zero: half a cosine, stepped after every epoch, or a line, stepped after every update."""
+    label_smoothing: float = 0.0
+    """Share of each label that is spread evenly over all classes while training, 0 to below 1."""
 
     def __post_init__(self) -> None:
         """Refuses impossible values."""
-        _require(
-            0 < self.learning_rate <= 1,
-            f"--learning-rate must be above 0 and at most 1, received {self.learning_rate:g}.",
-        )
+        for name, most in (("learning_rate", 1), ("kernel_learning_rate", 10)):
+            value = getattr(self, name)
+            _require(
+                0 < value <= most,
+                f"--{name.replace('_', '-')} must be above 0 and at most {most}, received {value:g}.",
+            )
+        for name in ("kernel_momentum", "label_smoothing"):
+            value = getattr(self, name)
+            _require(0 <= value < 1, f"--{name.replace('_', '-')} must be at least 0 and below 1, received {value:g}.")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -181,12 +229,21 @@ class TrainSettings:
     accumulation_steps: int = 1
     """Batches whose gradients are added up before one update, at least 1. One update then sees
     batch_size * accumulation_steps images."""
+    budget: str | None = None
+    """Time for training and judging, as 90s, 15m or 1.5h: `epochs` is then as many as fit, by a measurement at the
+    start. The run's own recipe holds the epochs, and no budget."""
+    train_sizes: tuple[int, ...] = ()
+    """Sides in pixels, 4 to 512, to which training images are scaled, each for an equal part of the epochs: `16 24 32`
+    trains a third of them on small images, which are cheap. Empty keeps the images' own size."""
     seed: int = 0
     """Seed of the initial weights, the order of the images and the augmentation."""
     log_every: int = 1
     """Epochs between two log lines, at least 1. The last epoch is always logged."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
     """auto takes CUDA if there is one, else MPS, else the CPU."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    """Number format of the convolutions: auto takes bfloat16 where the device computes in it faster, else float32. The
+    weights are float32 always."""
     threads: int = 0
     """CPU threads; 0 takes one per core that this process may use."""
 
@@ -195,6 +252,10 @@ class TrainSettings:
         _require_count("epochs", self.epochs)
         _require_count("batch_size", self.batch_size, 2)
         _require_count("accumulation_steps", self.accumulation_steps)
+        if self.budget is not None:
+            parse_duration(self.budget)
+        for side in self.train_sizes:
+            _require_range("train_sizes", side, 4, 512, " pixels")
         _require_range("seed", self.seed, 0, 2**63 - 1)
         _require_count("log_every", self.log_every)
         _require_range("threads", self.threads, 0, 1024)
@@ -206,6 +267,9 @@ class EvaluateSettings:
 
     evaluation_batch_size: int = 50
     """Images judged at once, at least 1. Changes speed and memory, never the result beyond rounding."""
+    views: Literal["one", "mirror", "six"] = "one"
+    """Views of an image whose logits are averaged for the accuracy "with TTA", which stands beside the plain one: the
+    image; with its mirror image; those two also shifted by one pixel along either diagonal."""
     num_grid_images: int = 20
     """Random test images drawn with predicted and actual class, 0 to 100; 0 draws none."""
 

@@ -59,3 +59,34 @@ def test_seeds_and_epochs_give_different_views():
     assert torch.equal(view(0, 1), view(0, 1))
     assert not torch.equal(view(0, 0), view(0, 1))
     assert not torch.equal(view(0, 1), view(1, 0))
+
+
+def test_alternate_flip_shows_each_image_mirrored_in_every_other_epoch():
+    images = make_images(40)
+    settings = AugmentSettings(
+        degrees=0, translate=0, scale_min=1, scale_max=1, alternate_flip=True, interpolation="nearest",
+        brightness=0, contrast=0, saturation=0, hue=0,
+    )  # fmt: skip
+    batches = Batches(images, 8, settings, seed=3)
+    plain = images.images.float() / 127.5 - 1
+    mirrored = []
+    for _ in range(3):
+        pixels, labels = (torch.cat(parts) for parts in zip(*batches, strict=True))
+        pixels = pixels[labels.argsort()]
+        swapped = (pixels - plain.flip(3)).abs().amax((1, 2, 3)) < 1e-6
+        assert torch.equal(swapped, (pixels - plain).abs().amax((1, 2, 3)) > 1e-6)
+        mirrored.append(swapped)
+    assert torch.equal(mirrored[0], ~mirrored[1])
+    assert torch.equal(mirrored[0], mirrored[2])
+    assert 5 < mirrored[0].sum() < 35
+
+
+def test_sizes_scale_each_epoch_and_keep_the_mean():
+    batches = Batches(make_images(6), 3, AugmentSettings(), seed=0, sizes=(4, 8, 16))
+    shapes, means = [], []
+    for _ in range(3):
+        pixels = torch.cat([batch for batch, _ in batches])
+        shapes.append(tuple(pixels.shape))
+        means.append(pixels.mean().item())
+    assert shapes == [(6, 3, 4, 4), (6, 3, 8, 8), (6, 3, 16, 16)]
+    assert means == pytest.approx([means[1]] * 3, abs=0.1)

@@ -5,7 +5,7 @@ import torch
 
 from dynaconv.errors import UserError
 from dynaconv.model.mixture import FORMS
-from dynaconv.model.network import Backbone, Block, Classifier, build_network
+from dynaconv.model.network import ACTIVATIONS, Backbone, Block, Classifier, WhiteningStem, build_network
 from dynaconv.recipe import ModelSettings
 from dynaconv.recipes import RECIPES
 
@@ -85,3 +85,66 @@ def test_too_many_poolings_are_refused():
         "--pool-after halves the map 3 times, too often for images of 4 pixels a side; "
         "remove a place or set --image-size 8 or more."
     )
+
+
+@pytest.mark.parametrize(("side", "stride", "channels"), [(2, 1, 3), (3, 1, 1), (4, 2, 3), (2, 2, 1)])
+def test_stem_makes_channels_that_do_not_repeat_each_other(side, stride, channels):
+    generator = torch.Generator().manual_seed(0)
+    # Neighbouring pixels and channels that resemble each other, as in a picture.
+    noise = torch.randn(200, channels, 17, 17, generator=generator) + torch.randn(200, 1, 17, 17, generator=generator)
+    images = torch.nn.functional.avg_pool2d(noise, 2, 1) + 0.3
+    stem = WhiteningStem(channels, side, stride)
+    stem.fit(images, floor=0.0)
+    outputs = stem(images)
+    assert outputs.shape == (200, 2 * channels * side**2, 16 // stride, 16 // stride)
+    positive, negative = outputs.split(channels * side**2, dim=1)
+    torch.testing.assert_close(positive, -negative)
+    inside = positive[:, :, 1:-2, 1:-2].transpose(0, 1).flatten(1)  # the border sees zeros
+    torch.testing.assert_close(torch.cov(inside), torch.eye(len(inside)), rtol=0, atol=0.1)
+
+
+def test_stem_is_saved_and_not_trained():
+    model = build_network(ModelSettings(stem_side=2, widths=(4,), num_convolutions=(1,), pool_after=()), 3, 2, 8, 0)
+    assert "backbone.stem.kernel" in model.state_dict()
+    assert all("stem" not in name for name, _ in model.named_parameters())
+
+
+def test_stem_survives_pictures_of_one_colour():
+    stem = WhiteningStem(3, 2)
+    stem.fit(torch.full((5, 3, 8, 8), 0.5))
+    assert stem.kernel.isfinite().all()
+
+
+@pytest.mark.parametrize("name", ACTIVATIONS)
+def test_activations(name):
+    settings = ModelSettings(widths=(4,), num_convolutions=(2,), pool_after=(), activation=name, stem_side=2)
+    model = build_network(settings, 3, 2, 8, 0)
+    model.backbone.stem.fit(torch.randn(10, 3, 8, 8))
+    model(torch.randn(2, 3, 8, 8)).sum().backward()
+    lowest = model.backbone(torch.randn(2, 3, 8, 8)).min().item()
+    assert lowest == 0 if name == "relu" else -0.3 < lowest < 0
+
+
+def test_a_strided_stem_counts_as_a_halving():
+    settings = ModelSettings(stem_side=4, stem_stride=2, widths=(4,), num_convolutions=(1,), pool_after=(1,))
+    assert build_network(settings, 1, 2, 4, 0)(torch.randn(2, 1, 4, 4)).shape == (2, 2)
+    with pytest.raises(UserError, match="set --image-size 4 or more"):
+        build_network(settings, 1, 2, 3, 0)
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_bfloat16_gives_the_loss_and_gradients_of_float32_within_its_digits(name):
+    gradients, losses = [], []
+    for enabled in (False, True):
+        model = build_network(RECIPES[name]().model, 3, 10, 32, seed=0)
+        generator = torch.Generator().manual_seed(1)
+        images = torch.rand(8, 3, 32, 32, generator=generator) * 2 - 1
+        if model.backbone.stem is not None:
+            model.backbone.stem.fit(images)
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            loss = torch.nn.functional.cross_entropy(model(images), torch.arange(8))
+        loss.backward()
+        losses.append(loss.item())
+        gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
+    assert losses[1] == pytest.approx(losses[0], rel=2e-2)
+    assert torch.cosine_similarity(*gradients, dim=0) > 0.95

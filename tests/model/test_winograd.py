@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from dynaconv.model.winograd import convolve
+from dynaconv.model.mixture import mix_literally
+from dynaconv.model.winograd import convolve, convolve_mixed
 
 
 def make_case(images, channels, outputs, height, width, dtype=torch.float64):
@@ -59,3 +60,30 @@ def test_a_second_derivative_is_refused_and_not_wrong():
     (gradient,) = torch.autograd.grad(convolve(inputs, kernel).square().sum(), inputs, create_graph=True)
     with pytest.raises(RuntimeError, match="once_differentiable"):
         gradient.sum().backward()
+
+
+@pytest.mark.parametrize("case", [(2, 3, 5, 8, 8), (3, 4, 2, 7, 5), (1, 2, 3, 1, 1)], ids=str)
+def test_mixture_and_its_gradients(case):
+    results = []
+    for mix in (mix_literally, convolve_mixed):
+        inputs, _ = make_case(*case)
+        generator = torch.Generator().manual_seed(1)
+        kernels = [torch.randn(case[2], case[1], 3, 3, generator=generator, dtype=torch.float64) for _ in range(3)]
+        weights = torch.randn(case[0], 3, generator=generator, dtype=torch.float64)
+        leaves = [inputs, weights, *kernels]
+        for leaf in leaves:
+            leaf.requires_grad_()
+        outputs = mix(inputs, kernels, weights)
+        outputs.sin().sum().backward()
+        results.append((outputs.detach(), *(leaf.grad for leaf in leaves)))
+    for literal, winograd in zip(*results, strict=True):
+        torch.testing.assert_close(winograd, literal, rtol=1e-12, atol=1e-11)
+
+
+@pytest.mark.parametrize("wanted", range(4), ids=["inputs", "weights", "first kernel", "second kernel"])
+def test_only_the_wanted_gradient_of_a_mixture_is_computed(wanted):
+    inputs, kernel = make_case(2, 2, 2, 4, 4)
+    leaves = [inputs, torch.ones(2, 2, dtype=torch.float64), kernel, kernel.clone()]
+    leaves[wanted].requires_grad_()
+    convolve_mixed(leaves[0], leaves[2:], leaves[1]).sum().backward()
+    assert [leaf.grad is not None for leaf in leaves] == [place == wanted for place in range(4)]

@@ -107,3 +107,13 @@ def test_fit_follows_the_cosine_and_lowers_the_loss():
     assert [epoch.learning_rate for epoch in history] == pytest.approx(expected)
     assert history[-1].training_loss < history[0].training_loss
     assert history[0].line(4).startswith("Epoch [1/4], Training Loss: ")
+
+
+def test_label_smoothing_changes_the_training_loss_alone():
+    images, labels = make_images(12)
+    told = [
+        fit(make_model(), cut(images, labels, 4), cut(images, labels, 4), recipe, CPU)[0]
+        for recipe in (with_settings(Recipe(), epochs=1, learning_rate=1e-9, label_smoothing=s) for s in (0.0, 0.5))
+    ]
+    assert told[0].validation_loss == pytest.approx(told[1].validation_loss, abs=1e-6)
+    assert abs(told[0].training_loss - told[1].training_loss) > 1e-3

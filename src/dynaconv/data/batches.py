@@ -1,8 +1,10 @@
 """Batches: images on the device, shuffled, augmented and normalised on their way into the network."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
 import torch
+from torch.nn import functional
 
 from dynaconv.data.augment import augment, draw, normalize, to_tensor
 from dynaconv.data.images import ImageSet
@@ -17,18 +19,31 @@ class Batches:
     The last batch holds what is left; a single image left over joins the batch before it, since batch norm in
     training cannot work on one value.
 
+    With `sizes`, the pass of every epoch is scaled to the side at its place among them.
+
     Example:
         >>> images = ImageSet(torch.zeros(7, 1, 8, 8, dtype=torch.uint8), torch.arange(7), tuple("abcdefg"), "zeros")
         >>> [len(labels) for _, labels in Batches(images, 3, AugmentSettings())]
         [3, 4]
     """
 
-    def __init__(self, images: ImageSet, batch_size: int, settings: AugmentSettings, seed: int | None = None) -> None:
-        """Prepares batches of `batch_size` images (at least 1); a `seed` makes them training batches."""
+    def __init__(
+        self,
+        images: ImageSet,
+        batch_size: int,
+        settings: AugmentSettings,
+        seed: int | None = None,
+        sizes: Sequence[int] = (),
+    ) -> None:
+        """Prepares batches of `batch_size` images (at least 1); a `seed` makes them training batches.
+
+        `sizes` holds a side in pixels for every epoch; it needs a seed. Empty keeps the images' own side.
+        """
         self.images = images
         self.batch_size = batch_size
         self.settings = settings
         self.seed = seed
+        self.sizes = sizes
         self.epoch = 0
 
     def __len__(self) -> int:
@@ -38,18 +53,24 @@ class Batches:
     def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Starts a pass; with a seed, the next epoch."""
         device = self.images.images.device
+        side = self.images.images.shape[-1]
         if self.seed is None:
             order, draws = torch.arange(len(self.images)), None
         else:
             generator = epoch_generator(self.seed, self.epoch)
-            self.epoch += 1
             order = torch.randperm(len(self.images), generator=generator)
-            draws = draw(self.settings, len(self.images), generator).to(device)
+            draws = draw(self.settings, len(self.images), generator)
+            if self.settings.alternate_flip:
+                first = draw(self.settings, len(self.images), epoch_generator(self.seed, -1)).mirror
+                draws = replace(draws, mirror=first if self.epoch % 2 == 0 else -first)
+            draws = draws.to(device)
+            side = self.sizes[self.epoch] if self.sizes else side
+            self.epoch += 1
         for indices in order.to(device).split(self._sizes()):
             batch = to_tensor(self.images.images[indices])
             if draws is not None:
                 batch = augment(batch, self.settings, draws.at(indices))
-            yield normalize(batch, self.settings), self.images.labels[indices]
+            yield _scale(normalize(batch, self.settings), side), self.images.labels[indices]
 
     def _sizes(self) -> list[int]:
         full, rest = divmod(len(self.images), self.batch_size)
@@ -58,7 +79,14 @@ class Batches:
         return [self.batch_size] * full + ([rest] if rest else [])
 
 
+def _scale(images: torch.Tensor, side: int) -> torch.Tensor:
+    """Scales (N, C, H, W) to (N, C, side, side), each pixel an average over the area that it covers."""
+    if images.shape[-1] == side:
+        return images
+    return functional.interpolate(images, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
+
+
 def epoch_generator(seed: int, epoch: int) -> torch.Generator:
-    """Returns a CPU generator that depends on the seed and the epoch (from 0) alone."""
+    """Returns a CPU generator that depends on the seed and the epoch (from 0, or -1 for before all) alone."""
     # Seeds that differ by one must not give streams that differ by one epoch: the product keeps them apart.
     return torch.Generator().manual_seed((seed * 1_000_003 + epoch * 7_919 + 1) % 2**63)

@@ -11,7 +11,7 @@ from typing import Literal
 import torch
 from torch.nn import functional
 
-from dynaconv.model.winograd import convolve
+from dynaconv.model.winograd import convolve, convolve_mixed
 
 Form = Literal["literal", "concatenated", "grouped", "patches", "winograd"]
 
@@ -96,12 +96,20 @@ def mix_winograd(
     weights: torch.Tensor,
     residual: torch.Tensor | None = None,
 ) -> torch.Tensor:
-    """Computes the literal form with Winograd's algorithm for every 3x3 kernel.
+    """Sums the 3x3 convolutions between the transforms of Winograd's algorithm, any others as the literal form does.
 
     Arguments and result as in `mix_literally`, but float32 or float64 only; the result of 3x3 kernels has its channels
     innermost in memory.
-    Cost: that of `winograd.convolve` for a 3x3 kernel, of a convolution for any other.
+    Cost: that of `winograd.convolve_mixed` for all 3x3 kernels together, of a convolution for each of the others.
     """
+    shared = [k for k, kernel in enumerate(kernels) if kernel.shape[-1] == 3]
+    if len(shared) > 1:
+        mixed = convolve_mixed(inputs, [kernels[k] for k in shared], weights[:, shared])
+        residual = mixed if residual is None else mixed + residual
+        others = [k for k in range(len(kernels)) if k not in shared]
+        if not others:
+            return residual
+        kernels, weights = [kernels[k] for k in others], weights[:, others]
     outputs = (
         convolve(inputs, kernel) if kernel.shape[-1] == 3 else _convolve_directly(inputs, kernel) for kernel in kernels
     )
@@ -142,7 +150,9 @@ def choose_form(kernel_sizes: Sequence[int], outputs: int, inputs: torch.Tensor)
         "literal": sum(side**2 for side in kernel_sizes) / area,
         "grouped": 1.2 + 64 / (height * width),
     }
-    if min(channels, outputs) >= 64 and torch.is_grad_enabled() and inputs.dtype in (torch.float32, torch.float64):
+    # Winograd's transforms need the digits that half precision lacks.
+    whole = inputs.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(inputs.device.type)
+    if min(channels, outputs) >= 64 and torch.is_grad_enabled() and whole:
         share = 0.5 + 16 / min(channels, outputs)  # of a direct 3x3 convolution: wide blocks hide the transforms
         costs["winograd"] = sum(side**2 * (share if side == 3 else 1) for side in kernel_sizes) / area
     return min(costs, key=costs.__getitem__)

@@ -1,6 +1,7 @@
 """The network: blocks B_1..B_N that mix K convolutions, the backbone made of them, and the classifier on top."""
 
 import math
+from functools import partial
 
 import torch
 from torch import nn
@@ -75,15 +76,66 @@ class Block(nn.Module):
         return FORMS[form](inputs, kernels, weights) + shortcut
 
 
-class Backbone(nn.Module):
-    """N blocks, each followed by max-pooling where the map halves, batch norm and ReLU.
+class WhiteningStem(nn.Module):
+    """A fixed convolution that decorrelates neighbouring pixels, each direction with both signs.
 
-    The pooling comes before batch norm and ReLU: both then work on a quarter of the values.
+    Its kernels are the eigenvectors of the covariance of all patches of S x S pixels, each over the root of its
+    eigenvalue: behind it every channel has variance one and none repeats another, which the first layers would have to
+    learn otherwise. Source: Page, "How to train your ResNet" (2019); both signs as in Jordan, "94% on CIFAR-10 in 3.29
+    seconds" (arXiv:2404.00498).
+    """
+
+    kernel: torch.Tensor
+
+    def __init__(self, channels: int, side: int, stride: int = 1) -> None:
+        """Makes the stem for images with `channels` channels; `fit` must follow before it is of use."""
+        super().__init__()
+        self.side, self.stride = side, stride
+        self.out_channels = 2 * channels * side**2
+        # A buffer: saved with the weights, never trained, so that nothing flows back into the images either.
+        self.register_buffer("kernel", torch.zeros(self.out_channels, channels, side, side))
+
+    @torch.no_grad()
+    def fit(self, images: torch.Tensor, floor: float = 5e-4) -> None:
+        """Computes the kernels from normalised images, (N, C, H, W) float; a thousand are enough.
+
+        `floor` is added to every eigenvalue, so that directions with hardly any variance are not blown up.
+        """
+        patches = functional.unfold(images.float(), self.side, stride=self.stride).transpose(1, 2).flatten(0, 1)
+        patches = patches.cpu() - patches.mean(0).cpu()
+        variances, directions = torch.linalg.eigh((patches.T @ patches).double() / len(patches))
+        kernels = (directions / torch.sqrt(variances.clamp_min(0) + floor)).T
+        kernels = kernels.reshape(-1, *self.kernel.shape[1:])
+        self.kernel.copy_(torch.cat([kernels, -kernels]))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Maps (N, C, H, W) to (N, 2 * C * S * S, H / stride, W / stride); zeros stand around the images."""
+        before = (self.side - self.stride) // 2
+        after = self.side - self.stride - before
+        padded = functional.pad(images, (before, after, before, after))
+        return functional.conv2d(padded, self.kernel.to(images.dtype), stride=self.stride)
+
+
+ACTIVATIONS = {
+    "relu": partial(functional.relu, inplace=True),
+    "gelu": functional.gelu,
+    "silu": partial(functional.silu, inplace=True),
+}
+"""Every activation by name."""
+
+
+class Backbone(nn.Module):
+    """A stem, if any, and N blocks, each followed by max-pooling where the map halves, batch norm and activation.
+
+    The pooling comes before batch norm and activation: both then work on a quarter of the values.
     """
 
     def __init__(self, channels: int, settings: ModelSettings) -> None:
         """Makes the backbone for images with `channels` channels (1 or 3)."""
         super().__init__()
+        self.stem = WhiteningStem(channels, settings.stem_side, settings.stem_stride) if settings.stem_side else None
+        self.activate = ACTIVATIONS[settings.activation]
+        channels = channels if self.stem is None else self.stem.out_channels
         widths = settings.widths
         counts = settings.num_convolutions * (len(widths) if len(settings.num_convolutions) == 1 else 1)
         self.blocks = nn.ModuleList(
@@ -93,14 +145,16 @@ class Backbone(nn.Module):
         self.pools = nn.ModuleList(
             nn.MaxPool2d(2) if place in settings.pool_after else nn.Identity() for place in range(1, len(widths) + 1)
         )
-        self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in widths)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(width, momentum=settings.norm_momentum) for width in widths)
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Maps (N, C, H, W) to (N, last width, H / 2**P, W / 2**P) after P poolings; sizes are rounded down."""
+        if self.stem is not None:
+            inputs = self.activate(self.stem(inputs).contiguous(memory_format=torch.channels_last))
         for block, pool, norm in zip(self.blocks, self.pools, self.norms, strict=True):
             # With the channels innermost, pooling and batch norm run on whole vectors: 4 times as fast on a CPU.
             outputs = block(inputs).contiguous(memory_format=torch.channels_last)
-            inputs = norm(pool(outputs)).relu_()
+            inputs = self.activate(norm(pool(outputs)))
         return inputs
 
 
@@ -141,10 +195,11 @@ def build_network(
     Raises:
         UserError: the poolings would leave a map of no pixels.
     """
-    if image_size < 2 ** len(settings.pool_after):
+    least = settings.stem_stride * 2 ** len(settings.pool_after)
+    if image_size < least:
         raise UserError(
             f"--pool-after halves the map {len(settings.pool_after)} times, too often for images of {image_size} "
-            f"pixels a side; remove a place or set --image-size {2 ** len(settings.pool_after)} or more."
+            f"pixels a side; remove a place or set --image-size {least} or more."
         )
     if seed is None:
         return Network(settings, channels, num_classes)

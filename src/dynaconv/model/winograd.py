@@ -12,6 +12,7 @@ Source: Lavin and Gray, Fast Algorithms for Convolutional Neural Networks (arXiv
 N images, C channels in, O channels out, H W map; h w tiles along the axes, T = N*h*w tiles.
 """
 
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -62,21 +63,47 @@ def convolve(inputs: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
         >>> convolve(torch.ones(1, 1, 4, 4), torch.ones(1, 1, 3, 3))[0, 0, 0].round().int().tolist()
         [4, 6, 6, 4]
     """
-    return _Convolution.apply(inputs, kernel)
+    return _Mixture.apply(inputs, None, kernel)  # pyright: ignore[reportReturnType]
 
 
-class _Convolution(torch.autograd.Function):
+def convolve_mixed(inputs: torch.Tensor, kernels: Sequence[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
+    """Sums K convolutions with 3x3 kernels, each weighted per image: sum_k weights_nk conv2d(inputs_n, kernels_k).
+
+    The tiles are transformed once for all kernels and their sum is transformed back once: the sum lies between the two
+    transforms, inside the matrix products, so that K convolutions cost K quarters of the multiplications of one.
+
+    Args:
+        inputs: As in `convolve`.
+        kernels: K tensors (O, C, 3, 3), same dtype and device.
+        weights: (N, K), same dtype and device.
+
+    Returns:
+        As `convolve`.
+    Cost: K times the products of `convolve`, its transforms once, and K passes over the transformed inputs.
+    """
+    return _Mixture.apply(inputs, weights, *kernels)  # pyright: ignore[reportReturnType]
+
+
+class _Mixture(torch.autograd.Function):
+    """The backward pass is the adjoint of each transform in reverse order, with the products shared."""
+
     @staticmethod
-    def forward(ctx: Any, inputs: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
+    def forward(ctx: Any, inputs: torch.Tensor, weights: torch.Tensor | None, *kernels: torch.Tensor) -> torch.Tensor:
         images, channels, height, width = inputs.shape
-        outputs = kernel.shape[0]
+        outputs = kernels[0].shape[0]
         rows, columns = -(-height // TILE), -(-width // TILE)
-        kernels = _transform(_KERNEL, kernel.permute(2, 3, 1, 0).reshape(3, 3, -1)).view(-1, channels, outputs)
         tiles = _transform(_INPUT, _cut(inputs, rows, columns)).view(_READ**2, -1, channels)
-        ctx.save_for_backward(tiles, kernels)
+        transformed = [
+            _transform(_KERNEL, kernel.permute(2, 3, 1, 0).reshape(3, 3, -1)).view(-1, channels, outputs)
+            for kernel in kernels
+        ]
+        ctx.save_for_backward(tiles, weights, *transformed)
         ctx.map = height, width
-        products = torch.bmm(tiles, kernels).view(_READ, _READ, -1)
-        places = _transform(_OUTPUT, products).view(TILE, TILE, images, rows, columns, outputs)
+        factors = _per_tile(weights, rows * columns)
+        products = torch.bmm(_scaled(tiles, factors, 0), transformed[0])
+        for k, kernel in enumerate(transformed[1:], start=1):
+            products.baddbmm_(_scaled(tiles, factors, k), kernel)
+        places = _transform(_OUTPUT, products.view(_READ, _READ, -1)).view(TILE, TILE, images, rows, columns, outputs)
         joined = places.permute(2, 3, 0, 4, 1, 5).reshape(images, TILE * rows, TILE * columns, outputs)
         return joined[:, :height, :width].permute(0, 3, 1, 2)
 
@@ -84,8 +111,8 @@ class _Convolution(torch.autograd.Function):
     @once_differentiable  # untyped, which hides the signature from the type checker
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, gradient: torch.Tensor
-    ) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-        tiles, kernels = ctx.saved_tensors
+    ) -> tuple[torch.Tensor | None, ...]:
+        tiles, weights, *transformed = ctx.saved_tensors
         height, width = ctx.map
         images, outputs = gradient.shape[:2]
         channels = tiles.shape[-1]
@@ -93,14 +120,40 @@ class _Convolution(torch.autograd.Function):
         whole = functional.pad(gradient.permute(0, 2, 3, 1), (0, 0, 0, TILE * columns - width, 0, TILE * rows - height))
         places = whole.reshape(images, rows, TILE, columns, TILE, outputs).permute(2, 4, 0, 1, 3, 5)
         products = _transform(_OUTPUT, places.reshape(TILE, TILE, -1), adjoint=True).view(_READ**2, -1, outputs)
-        to_inputs = to_kernel = None
-        if ctx.needs_input_grad[0]:
-            spread = _transform(_INPUT, torch.bmm(products, kernels.mT).view(_READ, _READ, -1), adjoint=True)
+        factors = _per_tile(weights, rows * columns)
+        wants_inputs, wants_weights, *wants_kernels = ctx.needs_input_grad
+        to_tiles, to_weights, to_kernels = None, [], []
+        for k, kernel in enumerate(transformed):
+            if wants_inputs or wants_weights:
+                back = torch.bmm(products, kernel.mT)
+                if wants_weights:
+                    to_weights.append((back * tiles).sum((0, 2)).view(images, -1).sum(1))
+                if factors is None:
+                    to_tiles = back
+                elif to_tiles is None:
+                    to_tiles = back.mul_(factors[k])
+                else:
+                    to_tiles.addcmul_(back, factors[k])
+            if wants_kernels[k]:
+                spread = torch.bmm(_scaled(tiles, factors, k).mT, products).view(_READ, _READ, -1)
+                to_kernel = _transform(_KERNEL, spread, adjoint=True).view(3, 3, channels, outputs)
+                to_kernels.append(to_kernel.permute(3, 2, 0, 1))
+            else:
+                to_kernels.append(None)
+        to_inputs = None
+        if wants_inputs and to_tiles is not None:
+            spread = _transform(_INPUT, to_tiles.view(_READ, _READ, -1), adjoint=True)
             to_inputs = _join(spread.view(_READ, _READ, images, rows, columns, channels), height, width)
-        if ctx.needs_input_grad[1]:
-            spread = _transform(_KERNEL, torch.bmm(tiles.mT, products).view(_READ, _READ, -1), adjoint=True)
-            to_kernel = spread.view(3, 3, channels, outputs).permute(3, 2, 0, 1)
-        return to_inputs, to_kernel
+        return to_inputs, torch.stack(to_weights, dim=1) if wants_weights else None, *to_kernels
+
+
+def _per_tile(weights: torch.Tensor | None, tiles_per_image: int) -> torch.Tensor | None:
+    """Repeats each image's weights for each of its tiles: (N, K) to (K, T, 1)."""
+    return None if weights is None else weights.mT.repeat_interleave(tiles_per_image, dim=1).unsqueeze(2)
+
+
+def _scaled(tiles: torch.Tensor, factors: torch.Tensor | None, k: int) -> torch.Tensor:
+    return tiles if factors is None else tiles * factors[k]
 
 
 def _cut(inputs: torch.Tensor, rows: int, columns: int) -> torch.Tensor:

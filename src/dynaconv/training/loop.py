@@ -5,17 +5,29 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import nn
 
 from dynaconv.errors import WorkError
 from dynaconv.recipe import Recipe
-from dynaconv.training.optim import build_optimizer, build_schedule
+from dynaconv.training.optim import Schedule, build_optimizer
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 """(images, labels): (B, C, H, W) float and (B,) int64."""
+
+
+class Passes(Protocol):
+    """What can be iterated once per epoch and knows its number of batches."""
+
+    def __len__(self) -> int:
+        """Batches in a pass."""
+        ...
+
+    def __iter__(self) -> Iterator[Batch]:
+        """Starts a pass."""
+        ...
 
 
 class Average(NamedTuple):
@@ -133,12 +145,12 @@ class Epoch:
     epoch: int
     """From 1."""
     training_loss: float
-    """Per image, on augmented images, before each update."""
+    """Per image, on augmented images, before each update; with label smoothing, if any."""
     training_accuracy: float
     validation_loss: float
     validation_accuracy: float
     learning_rate: float
-    """The rate during this epoch."""
+    """Adam's rate at the start of this epoch."""
     seconds: float
     """Training and validation of this epoch."""
     images_per_second: float
@@ -155,13 +167,13 @@ class Epoch:
 
 def fit(
     model: nn.Module,
-    training_batches: Iterable[Batch],
+    training_batches: Passes,
     validation_batches: Iterable[Batch],
     recipe: Recipe,
     device: torch.device,
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
 ) -> list[Epoch]:
-    """Trains for the recipe's epochs with cross-entropy, Adam and cosine annealing.
+    """Trains for the recipe's epochs with cross-entropy, its optimiser and its schedule.
 
     Args:
         model: On `device`.
@@ -178,19 +190,21 @@ def fit(
         DivergedError: the training or validation loss is NaN or infinite. `on_epoch` was not called for that epoch.
     """
     criterion = nn.CrossEntropyLoss()
+    smoothed = nn.CrossEntropyLoss(label_smoothing=recipe.optim.label_smoothing)
     optimizer = build_optimizer(model, recipe.optim)
-    schedule = build_schedule(optimizer, recipe.train.epochs)
+    steps = math.ceil(len(training_batches) / recipe.train.accumulation_steps)
+    schedule = Schedule(optimizer, recipe.optim, recipe.train.epochs, steps)
     history: list[Epoch] = []
     for number in range(1, recipe.train.epochs + 1):
-        rate = optimizer.param_groups[0]["lr"]
+        rate = optimizer.param_groups[-1]["lr"]
         started = time.perf_counter()
         counted = _Counted(training_batches)
-        training = training_epoch(model, counted, criterion, optimizer, device, recipe.train.accumulation_steps)
+        training = training_epoch(model, counted, smoothed, optimizer, device, recipe.train.accumulation_steps)
         trained = time.perf_counter()
         validation = validation_epoch(model, validation_batches, criterion, device)
         if not math.isfinite(validation.loss):
             raise DivergedError(counted.steps(recipe.train.accumulation_steps), validation.loss)
-        schedule.step()
+        schedule.end_epoch()
         epoch = Epoch(
             epoch=number,
             training_loss=training.loss,

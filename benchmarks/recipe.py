@@ -1,7 +1,7 @@
-"""Trains the coursework recipe on CIFAR-10 once per seed, each in a process of its own, and writes the summary.
+"""Trains a recipe on CIFAR-10 once per seed, each in a process of its own, and writes the summary.
 
-Command: python benchmarks/coursework.py --seeds 0 1 2
-Needs: DYNACONV_DATA. Takes: an hour per seed on two slow cores.
+Command: python benchmarks/recipe.py coursework --seeds 0 1 2
+Needs: DYNACONV_DATA. Takes: what the recipe costs (`dynaconv recipes`) for each seed.
 A seed whose run has ended is not trained again, so that the seeds can be spread over several evenings; the summary
 covers the runs that are there, and lists the commit of each.
 """
@@ -16,48 +16,56 @@ from pathlib import Path
 
 from record import over_seeds, write_result
 
-RUNS = Path("runs/benchmark-coursework")
+from dynaconv.recipes import RECIPES
+
 FIGURES = Path("docs/figures")
-METRICS = {
-    "train_accuracy": "train_accuracy",
-    "validation_accuracy": "validation_accuracy",
-    "test_accuracy": "test_accuracy",
-    "train_seconds": "train_seconds",
-    "startup_seconds": "startup_seconds",
-    "wall_seconds": "wall_seconds",
-    "images_per_second": "images_per_second",
-    "peak_memory_bytes": "peak_memory_bytes",
-}
+METRICS = (
+    "train_accuracy",
+    "validation_accuracy",
+    "validation_accuracy_tta",
+    "test_accuracy",
+    "test_accuracy_tta",
+    "train_seconds",
+    "startup_seconds",
+    "wall_seconds",
+    "images_per_second",
+    "peak_memory_bytes",
+)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("recipe", choices=sorted(RECIPES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
-    seeds = parser.parse_args().seeds
-    for seed in seeds:
-        folder = RUNS / f"seed-{seed}"
+    arguments = parser.parse_args()
+    for seed in arguments.seeds:
+        folder = run_of(arguments.recipe, seed)
         if not (folder / "result.json").exists():
-            command = ["train", "coursework", "--data", "cifar10", "--seed", str(seed), "--run-dir", str(folder)]
-            subprocess.run([sys.executable, "-m", "dynaconv.cli", *command], check=True)
-    summarise(seeds)
+            words = ["train", arguments.recipe, "--data", "cifar10", "--seed", str(seed), "--run-dir", str(folder)]
+            subprocess.run([sys.executable, "-m", "dynaconv", *words], check=True)
+    summarise(arguments.recipe, arguments.seeds)
 
 
-def summarise(seeds: list[int]) -> None:
+def run_of(name: str, seed: int) -> Path:
+    return Path("runs") / f"benchmark-{name}" / f"seed-{seed}"
+
+
+def summarise(name: str, seeds: list[int]) -> None:
     results, environments, seconds = [], [], []
     for seed in seeds:
-        folder = RUNS / f"seed-{seed}"
+        folder = run_of(name, seed)
         results.append(json.loads((folder / "result.json").read_text()))
         environments.append(json.loads((folder / "environment.json").read_text()))
         epochs = [json.loads(line)["seconds"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
         seconds.append(statistics.median(epochs))
-    metrics = {name: over_seeds([result[key] for result in results]) for name, key in METRICS.items()}
+    metrics = {key: over_seeds([result[key] for result in results]) for key in METRICS if key in results[0]}
     # The median epoch of each run: an hour is long, and something else may want the machine for a while.
     metrics["median_epoch_seconds"] = over_seeds(seconds)
     path = write_result(
-        "coursework",
+        name,
         metrics,
         seeds,
-        recipe=json.loads((RUNS / f"seed-{seeds[0]}" / "recipe.json").read_text()),
+        recipe=json.loads((run_of(name, seeds[0]) / "recipe.json").read_text()),
         data_sha256=sorted({result["data_sha256"] for result in results}),
         run_commits=[environment["commit"] for environment in environments],
         threads=[environment["threads"] for environment in environments],
@@ -65,8 +73,8 @@ def summarise(seeds: list[int]) -> None:
         parameters=results[0]["parameters"],
     )
     FIGURES.mkdir(parents=True, exist_ok=True)
-    for name in ("curves", "grid"):
-        shutil.copy(RUNS / f"seed-{seeds[0]}" / "figures" / f"{name}.png", FIGURES / f"coursework-{name}.png")
+    for figure in ("curves", "grid"):
+        shutil.copy(run_of(name, seeds[0]) / "figures" / f"{figure}.png", FIGURES / f"{name}-{figure}.png")
     print(f"{path}: test accuracy {metrics['test_accuracy']}")
 
 

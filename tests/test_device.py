@@ -1,0 +1,40 @@
+"""The device's precision: what is taken where bfloat16 is and where it is not."""
+
+import pytest
+import torch
+
+from dynaconv import device as module
+from dynaconv.device import computing_in, has_fast_bfloat16, pick_precision
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("wanted", "fast", "expected", "notices"),
+    [
+        ("auto", True, torch.bfloat16, 0),
+        ("auto", False, torch.float32, 0),
+        ("float32", True, torch.float32, 0),
+        ("bfloat16", True, torch.bfloat16, 0),
+        ("bfloat16", False, torch.float32, 1),
+    ],
+)
+def test_precision(monkeypatch, wanted, fast, expected, notices):
+    monkeypatch.setattr(module, "has_fast_bfloat16", lambda device: fast)
+    said = []
+    assert pick_precision(wanted, CPU, said.append) == expected
+    assert len(said) == notices
+
+
+def test_a_processor_without_the_instructions_has_no_fast_bfloat16(monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx2": True}, raising=False)
+    assert not has_fast_bfloat16(CPU)
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True}, raising=False)
+    assert has_fast_bfloat16(CPU)
+
+
+def test_convolutions_run_in_the_precision_asked_for():
+    images, kernel = torch.ones(1, 1, 4, 4), torch.ones(1, 1, 3, 3)
+    for precision in (torch.float32, torch.bfloat16):
+        with computing_in(precision, CPU):
+            assert torch.nn.functional.conv2d(images, kernel).dtype == precision

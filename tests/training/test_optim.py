@@ -1,0 +1,87 @@
+"""The optimisers: Muon's orthogonal updates, its Adam against torch's, the schedules."""
+
+import pytest
+import torch
+from torch import nn
+
+from dynaconv.recipe import OptimSettings
+from dynaconv.training.optim import Muon, Schedule, build_optimizer, orthogonalize
+
+
+@pytest.mark.parametrize("shape", [(3, 8, 8), (2, 5, 40), (1, 40, 5)])
+def test_orthogonalize_evens_out_the_singular_values_and_keeps_their_directions(shape):
+    generator = torch.Generator().manual_seed(0)
+    left, _ = torch.linalg.qr(torch.randn(shape[0], shape[1], min(shape[1:]), generator=generator).double())
+    right, _ = torch.linalg.qr(torch.randn(shape[0], shape[2], min(shape[1:]), generator=generator).double())
+    values = torch.linspace(1, 10, min(shape[1:])).double()
+    result = orthogonalize(left * values @ right.mT, iterations=5)
+    middle = left.mT @ result @ right
+    assert torch.diagonal(middle, dim1=1, dim2=2).min() > 0.6
+    assert torch.linalg.svdvals(result).max() < 1.3
+    torch.testing.assert_close(left @ middle @ right.mT, result)
+
+
+def test_orthogonalize_of_nothing_is_nothing():
+    assert orthogonalize(torch.zeros(2, 3, 4)).abs().max() == 0
+
+
+def make_model():
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Conv2d(3, 8, 3), nn.Flatten(), nn.Linear(8, 5))
+
+
+def test_all_but_kernels_are_updated_as_by_adam():
+    model, twin = make_model(), make_model()
+    muon = build_optimizer(model, OptimSettings(optimizer="muon", learning_rate=0.02))
+    adam = torch.optim.Adam(twin.parameters(), lr=0.02, betas=(0.9, 0.99))
+    for step in range(5):
+        generator = torch.Generator().manual_seed(step)
+        for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):
+            ours.grad = torch.randn(ours.shape, generator=generator)
+            theirs.grad = ours.grad.clone()
+        muon.step()
+        adam.step()
+    assert isinstance(muon, Muon)
+    for (name, ours), theirs in zip(model.named_parameters(), twin.parameters(), strict=True):
+        if ours.ndim == 4:
+            assert (ours - theirs).abs().max() > 0.01, name
+        else:
+            torch.testing.assert_close(ours, theirs, msg=name)
+
+
+def test_muon_gives_kernels_of_one_shape_the_updates_of_each_alone():
+    kernels = [nn.Parameter(torch.randn(4, 3, 3, 3, generator=torch.Generator().manual_seed(k))) for k in range(3)]
+    together = [nn.Parameter(kernel.detach().clone()) for kernel in kernels]
+    for ours, other in zip(kernels, together, strict=True):
+        ours.grad = torch.randn(ours.shape, generator=torch.Generator().manual_seed(9)) * (1 + ours.detach())
+        other.grad = ours.grad.clone()
+    Muon(together, []).step()
+    for kernel in kernels:
+        Muon([kernel], []).step()
+    for ours, other in zip(kernels, together, strict=True):
+        torch.testing.assert_close(ours, other)
+
+
+def test_a_parameter_without_a_gradient_stays():
+    kernel, bias = nn.Parameter(torch.ones(2, 3, 1, 1)), nn.Parameter(torch.ones(2))
+    Muon([kernel], [bias]).step()
+    assert torch.equal(kernel, torch.ones_like(kernel))
+    assert torch.equal(bias, torch.ones_like(bias))
+
+
+def test_the_linear_schedule_falls_with_every_update_and_ends_at_zero():
+    model = make_model()
+    settings = OptimSettings(optimizer="muon", schedule="linear", learning_rate=0.1, kernel_learning_rate=0.4)
+    optimizer = build_optimizer(model, settings)
+    schedule = Schedule(optimizer, settings, epochs=2, steps=3)
+    rates = []
+    for step in range(6):
+        rates.append([group["lr"] for group in optimizer.param_groups])
+        for parameter in model.parameters():
+            parameter.grad = torch.ones_like(parameter)
+        optimizer.step()
+        if step % 3 == 2:
+            schedule.end_epoch()
+    expected = [[0.4 * (1 - step / 6), 0.1 * (1 - step / 6)] for step in range(6)]
+    assert rates == [pytest.approx(pair) for pair in expected]
+    assert [group["lr"] for group in optimizer.param_groups] == [0, 0]
