@@ -11,8 +11,9 @@ def coursework() -> Recipe:
     RandomAffine also mirrors, unlike the coursework's; `--flip 0` leaves it out (docs/decisions/0008-mirror.md).
 
     Command: dynaconv train coursework --data cifar10
-    Cost: 67 minutes on one core with AVX2, another run on the other core (median epoch: 78 seconds); 1.0 GB of memory.
-    Result on CIFAR-10: 87.67% of the test images, 88.29% of the validation images, 2 seeds
+    Cost: 43 minutes on two cores with AVX2 when nothing else runs, 1.1 GB of memory; 59 minutes is the mean of the
+    measured runs, two of which shared the machine.
+    Result on CIFAR-10: 87.91% of the test images, 88.35% of the validation images, 3 seeds
     (benchmarks/results/coursework.json).
     """
     return Recipe(name="coursework")
