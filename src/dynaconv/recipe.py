@@ -195,7 +195,7 @@ class OptimSettings:
     optimizer: Literal["adam", "muon"] = "adam"
     """adam, or muon: Muon for the convolutions' kernels and Adam for all else."""
     learning_rate: float = 1e-3
-    """Adam's rate at the start, above 0 and up to 1."""
+    """Adam's rate at the start, above 0 and up to 1. With muon, that of a linear layer is divided by its inputs."""
     kernel_learning_rate: float = 0.24
     """Muon's rate at the start, above 0 and up to 10, for kernels whose every output channel has norm one."""
     kernel_momentum: float = 0.6

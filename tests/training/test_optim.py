@@ -33,7 +33,9 @@ def make_model():
 def test_all_but_kernels_are_updated_as_by_adam():
     model, twin = make_model(), make_model()
     muon = build_optimizer(model, OptimSettings(optimizer="muon", learning_rate=0.02))
-    adam = torch.optim.Adam(twin.parameters(), lr=0.02, betas=(0.9, 0.99))
+    rates = {1: 0.02, 2: 0.02 / 8, 4: 0.0}  # by the number of axes; the linear layer has 8 inputs
+    groups = [{"params": [parameter], "lr": rates[parameter.ndim]} for parameter in twin.parameters()]
+    adam = torch.optim.Adam(groups, betas=(0.9, 0.99))
     for step in range(5):
         generator = torch.Generator().manual_seed(step)
         for ours, theirs in zip(model.parameters(), twin.parameters(), strict=True):

@@ -11,6 +11,7 @@ from typing import Literal
 import torch
 from torch.nn import functional
 
+from dynaconv.model.layout import convolve_places, lies_by_place
 from dynaconv.model.winograd import convolve, convolve_mixed
 
 Form = Literal["literal", "concatenated", "grouped", "patches", "winograd"]
@@ -159,6 +160,8 @@ def choose_form(kernel_sizes: Sequence[int], outputs: int, inputs: torch.Tensor)
 
 
 def _convolve_directly(inputs: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
+    if kernel.shape[-1] == 1 and lies_by_place(inputs):
+        return convolve_places(inputs, kernel)
     return functional.conv2d(inputs, kernel, padding=kernel.shape[-1] // 2)
 
 

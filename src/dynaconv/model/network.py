@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from dynaconv.errors import UserError
+from dynaconv.model.layout import continue_channels, lies_by_place, normalize_maps, pool_maps
 from dynaconv.model.mixture import FORMS, MIXES_KERNELS, choose_form, mix_literally, mix_winograd
 from dynaconv.recipe import ModelSettings
 
@@ -63,12 +64,14 @@ class Block(nn.Module):
         outputs = kernels[0].shape[0]
         sides = [kernel.shape[-1] for kernel in kernels]
         form = choose_form(sides, outputs, inputs) if self.form == "auto" else self.form
+        if form != "winograd" and lies_by_place(inputs):
+            inputs = inputs.contiguous(memory_format=torch.channels_last)
         if form in MIXES_KERNELS:
             # The shortcut is one more convolution, always with weight one: inside the mixed kernel it costs nothing.
             identity = torch.eye(outputs, inputs.shape[1], dtype=inputs.dtype, device=inputs.device)
             kernels.append(identity[:, :, None, None])
             return FORMS[form](inputs, kernels, torch.cat([weights, torch.ones_like(weights[:, :1])], dim=1))
-        shortcut = functional.pad(inputs, (0, 0, 0, 0, 0, outputs - inputs.shape[1]))
+        shortcut = continue_channels(inputs, outputs)
         if form == "literal":
             return mix_literally(inputs, kernels, weights, shortcut)
         if form == "winograd":
@@ -152,9 +155,7 @@ class Backbone(nn.Module):
         if self.stem is not None:
             inputs = self.activate(self.stem(inputs).contiguous(memory_format=torch.channels_last))
         for block, pool, norm in zip(self.blocks, self.pools, self.norms, strict=True):
-            # With the channels innermost, pooling and batch norm run on whole vectors: 4 times as fast on a CPU.
-            outputs = block(inputs).contiguous(memory_format=torch.channels_last)
-            inputs = self.activate(norm(pool(outputs)))
+            inputs = self.activate(normalize_maps(norm, pool_maps(pool, block(inputs))))
         return inputs
 
 

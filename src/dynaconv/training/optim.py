@@ -21,6 +21,9 @@ class Muon(torch.optim.Optimizer):
     it stands batch norm, and only its share beside the shortcut and the kernels it is mixed with counts. Each of the K
     kernels of a block is a matrix of its own.
 
+    Adam's rate is divided by the number of inputs of a linear layer: no output then moves by more than the rate in one
+    update, however wide the layer. Without that, the mixing weights run away in the first updates (docs/log.md).
+
     Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024), as in airbench94_muon.
     Cost: 3 iterations of two products with the smaller side of the matrix, once per update and not per image.
     """
@@ -71,7 +74,8 @@ class Muon(torch.optim.Optimizer):
             state["mean"].lerp_(gradient, 1 - low)
             state["square"].lerp_(gradient.square(), 1 - high)
             spread = (state["square"] / (1 - high ** state["step"])).sqrt_().add_(group["eps"])
-            parameter.addcdiv_(state["mean"], spread, value=-group["lr"] / (1 - low ** state["step"]))
+            inputs = parameter.shape[1] if parameter.ndim == 2 else 1
+            parameter.addcdiv_(state["mean"], spread, value=-group["lr"] / inputs / (1 - low ** state["step"]))
 
 
 def orthogonalize(matrices: torch.Tensor, iterations: int = 3) -> torch.Tensor:
