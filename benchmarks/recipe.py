@@ -58,7 +58,8 @@ def summarise(name: str, seeds: list[int]) -> None:
         environments.append(json.loads((folder / "environment.json").read_text()))
         epochs = [json.loads(line)["seconds"] for line in (folder / "metrics.jsonl").read_text().splitlines()]
         seconds.append(statistics.median(epochs))
-    metrics = {key: over_seeds([result[key] for result in results]) for key in METRICS if key in results[0]}
+    measured = [key for key in METRICS if results[0].get(key) is not None]  # not every recipe validates or has views
+    metrics = {key: over_seeds([result[key] for result in results]) for key in measured}
     # The median epoch of each run: an hour is long, and something else may want the machine for a while.
     metrics["median_epoch_seconds"] = over_seeds(seconds)
     path = write_result(

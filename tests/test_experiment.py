@@ -239,3 +239,26 @@ def test_real_cifar10_ends_in_a_judged_classifier(real_cifar10, tmp_path, monkey
     assert (result["validation_images"], result["test_images"]) == (5000, 10_000)
     assert result["test_accuracy"] > 0.2  # ten classes: chance is 0.1
     assert len(RunDir.open(tmp_path / "run").read_json("split.json")["validation"]) == 5000
+
+
+def test_without_validation_every_image_trains(tmp_path):
+    lines = []
+    recipe = with_settings(SMALL, epochs=1, validation_fraction=0.0, views="mirror")
+    result = run_experiment(recipe, tmp_path / "run", lines.append)
+    assert result["validation_accuracy"] is None
+    assert result["validation_images"] == 0
+    assert 0 <= result["test_accuracy_tta"] <= 1
+    assert "validation_accuracy_tta" not in result
+    assert any(line.endswith("Validation Loss: none, Validation Accuracy: none") for line in lines)
+    run = RunDir.open(tmp_path / "run")
+    assert run.read_json("split.json")["validation"] == []
+    assert run.figure("curves").is_file()
+
+
+def test_a_budget_becomes_epochs_in_the_stored_recipe(tmp_path):
+    lines = []
+    result = run_experiment(with_settings(SMALL, budget="2s", num_grid_images=0), tmp_path / "run", lines.append)
+    stored = RunDir.open(tmp_path / "run").read_recipe()
+    assert stored.train.budget is None
+    assert any(line.startswith(f"{stored.train.epochs} epochs fit into 2s") for line in lines)
+    assert result["train_seconds"] < 10  # far from tight: the machine may be busy

@@ -89,10 +89,12 @@ def train(words: "list[str]", people: "TextIO", started: float) -> "dict[str, An
     stop_on_sigterm()
     say, track = display(people)
     result = run_experiment(recipe, run_dir, say, track, started)
+    held_out = result["validation_accuracy"]
+    validation = " (no image was held out for validation)" if held_out is None else f" (validation {held_out:.4f})"
     averaged = f", {result['test_accuracy_tta']:.4f} with TTA" if "test_accuracy_tta" in result else ""
     say(
-        f"Test accuracy {result['test_accuracy']:.4f}{averaged} on {result['test_images']} images, read once "
-        f"(validation {result['validation_accuracy']:.4f}). Curves and pictures: {result['run_dir']}/figures"
+        f"Test accuracy {result['test_accuracy']:.4f}{averaged} on {result['test_images']} images, read once"
+        f"{validation}. Curves and pictures: {result['run_dir']}/figures"
     )
     return result
 

@@ -201,6 +201,8 @@ def _judge(
     evaluations: dict[str, Evaluation] = {}
     with computing_in(precision, device):
         for split, images in (("validation", data.validation), ("test", test_images)):
+            if len(images) == 0:  # no image was held out
+                continue
             evaluations[split] = evaluate(model, images, recipe)
             if recipe.evaluate.views != "one":
                 evaluations[f"{split}_tta"] = evaluate(model, images, recipe, recipe.evaluate.views)
@@ -215,7 +217,7 @@ def _describe_outcome(
     evaluations: dict[str, Evaluation],
 ) -> dict[str, Any]:
     """Returns what was trained and what it reached; training figures as in the last epoch, on augmented images."""
-    validation, test = evaluations["validation"], evaluations["test"]
+    validation, test = evaluations.get("validation"), evaluations["test"]
     averaged = {split: each for split, each in evaluations.items() if split.endswith("_tta")}
     return {
         "recipe": recipe.name,
@@ -226,9 +228,9 @@ def _describe_outcome(
         "images_per_second": sum(epoch.images_per_second for epoch in history) / len(history),
         "train_accuracy": history[-1].training_accuracy,
         "train_loss": history[-1].training_loss,
-        "validation_accuracy": validation.accuracy,
-        "validation_loss": validation.loss,
-        "validation_images": len(validation.labels),
+        "validation_accuracy": validation.accuracy if validation else None,
+        "validation_loss": validation.loss if validation else None,
+        "validation_images": len(data.validation),
         "test_accuracy": test.accuracy,
         "test_loss": test.loss,
         "test_images": len(test.labels),

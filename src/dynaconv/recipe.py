@@ -55,7 +55,8 @@ class DataSettings:
     source: str = "auto"
     """cifar10, digits, auto, a folder, a .parquet, .csv or .npz file, or hf:OWNER/NAME. `--data` for short."""
     validation_fraction: float = 0.1
-    """Share of the training images held out for validation, 0.01 to 0.5, the same in every class."""
+    """Share of the training images held out for validation, the same in every class: 0.01 to 0.5, or 0 to train on all
+    of them, for a last run with settings that were chosen before."""
     split_seed: int = 0
     """Seed of that choice. Runs that are to be compared share it."""
     image_size: int | None = None
@@ -72,7 +73,8 @@ class DataSettings:
     def __post_init__(self) -> None:
         """Refuses impossible values."""
         _require(bool(self.source.strip()), "--data needs a source, received an empty one.")
-        _require_range("validation_fraction", self.validation_fraction, 0.01, 0.5)
+        if self.validation_fraction != 0:
+            _require_range("validation_fraction", self.validation_fraction, 0.01, 0.5)
         _require_count("split_seed", self.split_seed, 0)
         if self.image_size is not None:
             _require_range("image_size", self.image_size, 4, 512, " pixels")

@@ -20,7 +20,7 @@ class EventWriter:
         values = [
             Summary.Value(tag=_tag(name), simple_value=float(value))
             for name, value in metrics.items()
-            if name != "epoch"
+            if name != "epoch" and value is not None
         ]
         self._writer.add_event(Event(step=metrics["epoch"], summary=Summary(value=values)))
         self._writer.flush()

@@ -31,7 +31,8 @@ def draw_curves(history: Sequence[dict[str, Any]]) -> Figure:
         training = [epoch[f"training_{quantity}"] for epoch in history]
         validation = [epoch[f"validation_{quantity}"] for epoch in history]
         axes.plot(epochs, training, "--o", color=TRAINING, label="training (on augmented images)", **marked)
-        axes.plot(epochs, validation, "-s", color=VALIDATION, label="validation", **marked)
+        if None not in validation:  # a run may hold no image out
+            axes.plot(epochs, validation, "-s", color=VALIDATION, label="validation", **marked)
         axes.set(title=title, xlabel="epoch")
         axes.xaxis.set_major_locator(MaxNLocator(integer=True))
         axes.grid(alpha=0.3)

@@ -147,8 +147,9 @@ class Epoch:
     training_loss: float
     """Per image, on augmented images, before each update; with label smoothing, if any."""
     training_accuracy: float
-    validation_loss: float
-    validation_accuracy: float
+    validation_loss: float | None
+    """None where no image is held out for validation; so is the accuracy."""
+    validation_accuracy: float | None
     learning_rate: float
     """Adam's rate at the start of this epoch."""
     seconds: float
@@ -160,15 +161,15 @@ class Epoch:
         """Returns the log line of this epoch out of `epochs`."""
         return (
             f"Epoch [{self.epoch}/{epochs}], Training Loss: {self.training_loss:.4f}, "
-            f"Training Accuracy: {self.training_accuracy:.4f}, Validation Loss: {self.validation_loss:.4f}, "
-            f"Validation Accuracy: {self.validation_accuracy:.4f}"
+            f"Training Accuracy: {self.training_accuracy:.4f}, Validation Loss: {_told(self.validation_loss)}, "
+            f"Validation Accuracy: {_told(self.validation_accuracy)}"
         )
 
 
 def fit(
     model: nn.Module,
     training_batches: Passes,
-    validation_batches: Iterable[Batch],
+    validation_batches: Passes,
     recipe: Recipe,
     device: torch.device,
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
@@ -178,7 +179,7 @@ def fit(
     Args:
         model: On `device`.
         training_batches: Iterated once per epoch.
-        validation_batches: Iterated once per epoch.
+        validation_batches: Iterated once per epoch; none to go without validation.
         recipe: Its `train` and `optim` settings are used.
         device: Where the model is.
         on_epoch: Called after every epoch with its metrics, the model holding the weights they belong to.
@@ -201,16 +202,16 @@ def fit(
         counted = _Counted(training_batches)
         training = training_epoch(model, counted, smoothed, optimizer, device, recipe.train.accumulation_steps)
         trained = time.perf_counter()
-        validation = validation_epoch(model, validation_batches, criterion, device)
-        if not math.isfinite(validation.loss):
+        validation = validation_epoch(model, validation_batches, criterion, device) if len(validation_batches) else None
+        if validation and not math.isfinite(validation.loss):
             raise DivergedError(counted.steps(recipe.train.accumulation_steps), validation.loss)
         schedule.end_epoch()
         epoch = Epoch(
             epoch=number,
             training_loss=training.loss,
             training_accuracy=training.accuracy,
-            validation_loss=validation.loss,
-            validation_accuracy=validation.accuracy,
+            validation_loss=validation.loss if validation else None,
+            validation_accuracy=validation.accuracy if validation else None,
             learning_rate=rate,
             seconds=time.perf_counter() - started,
             images_per_second=counted.images / (trained - started),
@@ -218,6 +219,10 @@ def fit(
         history.append(epoch)
         on_epoch(epoch)
     return history
+
+
+def _told(figure: float | None) -> str:
+    return "none" if figure is None else f"{figure:.4f}"
 
 
 class _Counted:
