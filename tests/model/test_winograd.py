@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dynaconv.model.mixture import mix_literally
-from dynaconv.model.winograd import convolve, convolve_mixed
+from dynaconv.model.winograd import POINTS, convolve, convolve_mixed, cook_toom
 
 
 def make_case(images, channels, outputs, height, width, dtype=torch.float64):
@@ -16,7 +16,7 @@ def make_case(images, channels, outputs, height, width, dtype=torch.float64):
 
 @pytest.mark.parametrize(
     "case",
-    [(2, 3, 5, 8, 8), (3, 4, 2, 7, 5), (1, 2, 3, 1, 1), (2, 1, 1, 4, 13), (1, 3, 4, 2, 6)],
+    [(2, 3, 5, 8, 8), (3, 4, 2, 7, 5), (1, 2, 3, 1, 1), (2, 1, 1, 4, 13), (1, 3, 4, 2, 6), (2, 2, 2, 3, 12)],
     ids=str,
 )
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
@@ -47,8 +47,9 @@ def test_a_gradient_that_nobody_wants_is_not_computed(wanted):
     assert (kernel.grad is None) == (wanted == "inputs")
 
 
-def test_float32_stays_close_at_the_widths_it_is_used_for():
-    inputs, kernel = make_case(4, 256, 128, 8, 8, torch.float32)
+@pytest.mark.parametrize("side", [3, 6, 8, 12])
+def test_float32_stays_close_at_the_widths_it_is_used_for(side):
+    inputs, kernel = make_case(4, 256, 128, side, side, torch.float32)
     exact = torch.nn.functional.conv2d(inputs.double(), kernel.double(), padding=1)
     error = (convolve(inputs, kernel) - exact).norm() / exact.norm()
     assert error < 1e-5
@@ -87,3 +88,21 @@ def test_only_the_wanted_gradient_of_a_mixture_is_computed(wanted):
     leaves[wanted].requires_grad_()
     convolve_mixed(leaves[0], leaves[2:], leaves[1]).sum().backward()
     assert [leaf.grad is not None for leaf in leaves] == [place == wanted for place in range(4)]
+
+
+def test_the_usual_matrices_of_four_outputs():
+    """Those of the paper, up to signs that cancel between the kernel's matrix and the inputs'."""
+    inwards, kernel, outwards = cook_toom(4)
+    assert inwards[0].tolist() == [4, 0, -5, 0, 1, 0]
+    assert kernel[3].tolist() == pytest.approx([1 / 24, 1 / 12, 1 / 6])
+    assert outwards.tolist() == [[1, 1, 1, 1, 1, 0], [0, 1, -1, 2, -2, 0], [0, 1, 1, 4, 4, 0], [0, 1, -1, 8, -8, 1]]
+
+
+@pytest.mark.parametrize("outputs", POINTS)
+def test_every_tile_convolves_one_axis(outputs):
+    inwards, kernel, outwards = cook_toom(outputs)
+    generator = torch.Generator().manual_seed(0)
+    signal = torch.randn(outputs + 2, generator=generator, dtype=torch.float64)
+    weights = torch.randn(3, generator=generator, dtype=torch.float64)
+    expected = [(signal[place : place + 3] @ weights).item() for place in range(outputs)]
+    assert (outwards @ ((kernel @ weights) * (inwards @ signal))).tolist() == pytest.approx(expected)

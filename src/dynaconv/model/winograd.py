@@ -1,51 +1,35 @@
-"""3x3 convolutions with a quarter of the multiplications: Winograd's F(4x4, 3x3), as matrix products of torch.
+"""3x3 convolutions with a quarter of the multiplications: Winograd's F(m x m, 3x3), as matrix products of torch.
 
-The map is cut into tiles of 4x4 outputs, each read from 6x6 inputs. Along each axis, with constant matrices B, G and A,
+The map is cut into tiles of m x m outputs, each read from (m + 2) x (m + 2) inputs. Along each axis, with constant
+matrices B, G and A,
 
     output = A' [ (G kernel G') * (B' tile B) ] A
 
-where * multiplies 36 numbers where a direct convolution multiplies 144. Over all tiles and channels these are matrix
-products. So are the transforms: one matrix per axis cuts the axis into tiles, transforms each and leaves out what lies
-outside the map. Maps lie in memory as (H, W, N, C) for this: the images beside the channels, so that each product takes
-a row of tiles of all images at once, and nothing is ever copied into another order. In float32 the result differs from
-a direct convolution by about 3e-6 of its norm.
+where * multiplies 36 numbers where a direct convolution multiplies 144 (m = 4). Over all tiles and channels these are
+matrix products. So are the transforms: one matrix per axis cuts the axis into tiles, transforms each and leaves out
+what lies outside the map. Maps lie in memory as (H, W, N, C) for this: the images beside the channels, so that each
+product takes a row of tiles of all images at once, and nothing is ever copied into another order. In float32 the result
+differs from a direct convolution by about 2e-6 of its norm (m = 3 and 4) to 5e-6 (m = 6).
 
 Source: Lavin and Gray, Fast Algorithms for Convolutional Neural Networks (arXiv:1509.09308). Letters as in `mixture`:
-N images, C channels in, O channels out, H W map; h w tiles along the axes.
+N images, C channels in, O channels out, H W map; h w tiles along the axes, p q places read in a tile along the axes.
 """
 
+import math
 from collections.abc import Sequence
+from fractions import Fraction
 from functools import lru_cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.autograd.function import once_differentiable
 
-TILE = 4  # outputs along an axis of a tile
-_READ = TILE + 2  # inputs along that axis
-
-_INPUT = (
-    (4, 0, -5, 0, 1, 0),
-    (0, -4, -4, 1, 1, 0),
-    (0, 4, -4, -1, 1, 0),
-    (0, -2, -1, 2, 1, 0),
-    (0, 2, -1, -2, 1, 0),
-    (0, 4, 0, -5, 0, 1),
-)  # B'
-_KERNEL = (
-    (1 / 4, 0, 0),
-    (-1 / 6, -1 / 6, -1 / 6),
-    (-1 / 6, 1 / 6, -1 / 6),
-    (1 / 24, 1 / 12, 1 / 6),
-    (1 / 24, -1 / 12, 1 / 6),
-    (0, 0, 1),
-)  # G
-_OUTPUT = (
-    (1, 1, 1, 1, 1, 0),
-    (0, 1, -1, 2, -2, 0),
-    (0, 1, 1, 4, 4, 0),
-    (0, 1, -1, 8, -8, 1),
-)  # A'
+POINTS = {
+    3: (0, 1, -1, 2),
+    4: (0, 1, -1, 2, -2),
+    6: (0, 1, -1, 2, -2, Fraction(1, 2), Fraction(-1, 2)),
+}
+"""Where the polynomials of F(m, 3) are evaluated, besides infinity, for each m, the outputs of a tile along an axis."""
 
 
 def convolve(inputs: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
@@ -57,7 +41,7 @@ def convolve(inputs: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
 
     Returns:
         (N, O, H, W), same dtype, in memory as (H, W, N, O). Can be differentiated once.
-    Cost: N*C*O*h*w*36 multiply-adds against N*C*O*H*W*9, and transforms that need wide channels to be worth it; keeps
+    Cost: N*C*O*h*w*p*q multiply-adds against N*C*O*H*W*9, and transforms that need wide channels to be worth it; keeps
     the transformed inputs, 2.25 times the inputs, for the backward pass.
 
     Example:
@@ -90,14 +74,15 @@ class _Mixture(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, inputs: torch.Tensor, weights: torch.Tensor | None, *kernels: torch.Tensor) -> torch.Tensor:
-        height, width = ctx.map = inputs.shape[2:]
-        tiles = _transform(inputs.permute(2, 3, 0, 1), _reading(inputs, height), _reading(inputs, width))
-        transformed = [_transform_kernel(kernel) for kernel in kernels]
+        rows, columns = ctx.axes = _Axis.of(inputs, 2), _Axis.of(inputs, 3)
+        tiles = _transform(inputs.permute(2, 3, 0, 1), rows.reading, columns.reading)
+        # From (O, C, 3, 3) to (p, q, C, O).
+        transformed = [_transform(kernel.permute(2, 3, 1, 0), rows.kernel, columns.kernel) for kernel in kernels]
         ctx.save_for_backward(tiles, weights, *transformed)
         products = _multiply(_scaled(tiles, weights, 0), transformed[0])
         for k, kernel in enumerate(transformed[1:], start=1):
             products += _multiply(_scaled(tiles, weights, k), kernel)
-        return _transform(products, _writing(inputs, height), _writing(inputs, width)).permute(2, 3, 0, 1)
+        return _transform(products, rows.writing, columns.writing).permute(2, 3, 0, 1)
 
     @staticmethod
     @once_differentiable  # untyped, which hides the signature from the type checker
@@ -105,8 +90,8 @@ class _Mixture(torch.autograd.Function):
         ctx: Any, gradient: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
         tiles, weights, *transformed = ctx.saved_tensors
-        height, width = ctx.map
-        products = _transform(gradient.permute(2, 3, 0, 1), _writing(gradient, height).mT, _writing(gradient, width).mT)
+        rows, columns = ctx.axes
+        products = _transform(gradient.permute(2, 3, 0, 1), rows.writing.mT, columns.writing.mT)
         wants_inputs, wants_weights, *wants_kernels = ctx.needs_input_grad
         to_tiles, to_weights, to_kernels = None, [], []
         for k, kernel in enumerate(transformed):
@@ -120,11 +105,14 @@ class _Mixture(torch.autograd.Function):
                     to_tiles = back.mul_(weights[:, k, None])
                 else:
                     to_tiles.addcmul_(back, weights[:, k, None])
-            to_kernels.append(_gradient_of_kernel(_scaled(tiles, weights, k), products) if wants_kernels[k] else None)
+            to_kernel = None
+            if wants_kernels[k]:
+                spread = _multiply_back(_scaled(tiles, weights, k), products, kernel)
+                to_kernel = _transform(spread, rows.kernel.mT, columns.kernel.mT).permute(3, 2, 0, 1)
+            to_kernels.append(to_kernel)
         to_inputs = None
         if wants_inputs and to_tiles is not None:
-            to_inputs = _transform(to_tiles, _reading(gradient, height).mT, _reading(gradient, width).mT)
-            to_inputs = to_inputs.permute(2, 3, 0, 1)
+            to_inputs = _transform(to_tiles, rows.reading.mT, columns.reading.mT).permute(2, 3, 0, 1)
         return to_inputs, torch.stack(to_weights, dim=1) if wants_weights else None, *to_kernels
 
 
@@ -132,77 +120,90 @@ def _scaled(tiles: torch.Tensor, weights: torch.Tensor | None, k: int) -> torch.
     return tiles if weights is None else tiles * weights[:, k, None]
 
 
-def _transform(maps: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
-    """Multiplies the first two axes of the maps, (y, x, N, C), by (Y, y) and (X, x) matrices: (Y, X, N, C)."""
-    height, width, images, channels = maps.shape
-    first = rows @ maps.reshape(height, -1)
-    return (columns @ first.view(len(rows), width, -1)).view(len(rows), len(columns), images, channels)
+def _transform(values: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Multiplies the first two axes of (y, x, A, B) values by (Y, y) and (X, x) matrices: (Y, X, A, B)."""
+    height, width, *rest = values.shape
+    first = rows @ values.reshape(height, -1)
+    return (columns @ first.view(len(rows), width, -1)).view(len(rows), len(columns), *rest)
 
 
 def _multiply(tiles: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
-    """Multiplies the C channels of tiles, (6h, 6w, N, C), by the kernel of their place, (6, 6, C, O)."""
+    """Multiplies the channels of tiles, (p * h, q * w, N, C), by the kernel, (p, q, C, O), of their place."""
     rows, columns, images, channels = tiles.shape
-    per_axis = rows // _READ
-    places = tiles.view(rows * _READ, columns // _READ * images, channels)
-    matrices = kernel.unsqueeze(1).expand(-1, per_axis, -1, -1, -1).reshape(len(places), channels, -1)
-    return torch.bmm(places, matrices).view(rows, columns, images, -1)
+    places, outputs = kernel.shape[1], kernel.shape[3]
+    repeats = rows // len(kernel)
+    matrices = kernel.unsqueeze(1).expand(-1, repeats, -1, -1, -1).reshape(rows * places, channels, outputs)
+    products = torch.bmm(tiles.view(rows * places, columns // places * images, channels), matrices)
+    return products.view(rows, columns, images, outputs)
 
 
-def _gradient_of_kernel(tiles: torch.Tensor, products: torch.Tensor) -> torch.Tensor:
-    """Returns the gradient of an (O, C, 3, 3) kernel from its tiles, (6h, 6w, N, C), and the gradient behind them."""
+def _multiply_back(tiles: torch.Tensor, products: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
+    """Returns the gradient towards the kernel, (p, q, C, O), of `_multiply` from that of its products."""
     rows, columns, images, channels = tiles.shape
-    outputs = products.shape[-1]
-    by_place = (rows * _READ, columns // _READ * images)
-    spread = torch.bmm(tiles.view(*by_place, channels).mT, products.view(*by_place, outputs))
-    summed = spread.view(_READ, rows // _READ, _READ, -1).sum(1)
-    back = _constant(_KERNEL, tiles).mT
-    return _apply(back, summed).view(3, 3, channels, outputs).permute(3, 2, 0, 1)
+    places, outputs = kernel.shape[1], kernel.shape[3]
+    together = rows * places, columns // places * images
+    spread = torch.bmm(tiles.view(*together, channels).mT, products.view(*together, outputs))
+    return spread.view(len(kernel), rows // len(kernel), places, -1).sum(1).view(kernel.shape)
 
 
-def _transform_kernel(kernel: torch.Tensor) -> torch.Tensor:
-    """Turns an (O, C, 3, 3) kernel into (6, 6, C, O)."""
-    outputs, channels = kernel.shape[:2]
-    forth = _constant(_KERNEL, kernel)
-    return _apply(forth, kernel.permute(2, 3, 1, 0).reshape(3, 3, -1)).view(_READ, _READ, channels, outputs)
+class _Axis(NamedTuple):
+    """The matrices of one axis of a map: h tiles of m outputs, each read from p = m + 2 places."""
 
+    reading: torch.Tensor
+    """(p * h, side): cuts the axis into overlapping tiles and transforms each; what lies outside is zero, and left out.
+    Rows are sorted by the place in the tile, then by the tile."""
+    kernel: torch.Tensor
+    """(p, 3)."""
+    writing: torch.Tensor
+    """(side, p * h): transforms the tiles back and joins them."""
 
-def _apply(matrix: torch.Tensor, values: torch.Tensor) -> torch.Tensor:
-    """Multiplies the first two axes of (n, n, anything) by an (m, n) matrix: (m, m, anything)."""
-    return matrix @ (matrix @ values.flatten(1)).view(len(matrix), values.shape[1], -1)
+    @staticmethod
+    def of(maps: torch.Tensor, axis: int) -> "_Axis":
+        return _make_axis(maps.shape[axis], maps.dtype, maps.device)
 
 
 @lru_cache
-def _reading_matrix(side: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Returns the (6h, side) matrix that cuts an axis into h overlapping tiles and transforms each.
-
-    Its rows are sorted by the place in the tile, then by the tile. What lies outside the map is zero and left out.
-    """
-    tiles = -(-side // TILE)
-    matrix = torch.zeros(_READ, tiles, side, dtype=torch.float64)
+def _make_axis(side: int, dtype: torch.dtype, device: torch.device) -> _Axis:
+    # The fewest products; of equals the smaller tile, whose rounding errors are smaller. Four is the usual one.
+    outputs = min((4, 3, 6), key=lambda outputs: -(-side // outputs) * (outputs + 2))
+    inwards, kernel, outwards = cook_toom(outputs)
+    tiles, places = -(-side // outputs), outputs + 2
+    reading = torch.zeros(places, tiles, side, dtype=torch.float64)
+    writing = torch.zeros(side, places, tiles, dtype=torch.float64)
     for tile in range(tiles):
-        for place, column in enumerate(torch.tensor(_INPUT, dtype=torch.float64).unbind(1)):
-            if 0 <= (source := tile * TILE + place - 1) < side:
-                matrix[:, tile, source] = column
-    return matrix.flatten(0, 1).to(dtype).to(device)
+        for place in range(places):
+            if 0 <= (source := tile * outputs + place - 1) < side:
+                reading[:, tile, source] = inwards[:, place]
+        for place in range(min(outputs, side - tile * outputs)):
+            writing[tile * outputs + place, :, tile] = outwards[place]
+    return _Axis(*(matrix.to(dtype).to(device) for matrix in (reading.flatten(0, 1), kernel, writing.flatten(1))))
 
 
-@lru_cache
-def _writing_matrix(side: int, dtype: torch.dtype, device: torch.device) -> torch.Tensor:
-    """Returns the (side, 6h) matrix that transforms h tiles back and joins them to an axis."""
-    tiles = -(-side // TILE)
-    matrix = torch.zeros(side, _READ, tiles, dtype=torch.float64)
-    for target in range(side):
-        matrix[target, :, target // TILE] = torch.tensor(_OUTPUT[target % TILE], dtype=torch.float64)
-    return matrix.flatten(1).to(dtype).to(device)
+def cook_toom(outputs: int) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Returns B' (m + 2, m + 2), G (m + 2, 3) and A' (m, m + 2) of F(m, 3) for m = `outputs` of POINTS; float64.
+
+    The convolution is a product of polynomials, evaluated at the points and at infinity and interpolated.
+    """
+    points = [Fraction(point) for point in POINTS[outputs]]
+    inwards, kernel = [], []
+    for point in points:
+        others = [other for other in points if other != point]
+        scale = math.prod(point - other for other in others)
+        inwards.append([*_expand(others), Fraction(0)])
+        kernel.append([point**power / scale for power in range(3)])
+    inwards.append(_expand(points))
+    kernel.append([Fraction(0), Fraction(0), Fraction(1)])
+    last = [Fraction(0)] * (outputs - 1) + [Fraction(1)]
+    outwards = [[*(point**power for point in points), last[power]] for power in range(outputs)]
+    b, g, a = (torch.tensor([[float(x) for x in row] for row in rows], dtype=torch.float64) for rows in
+               (inwards, kernel, outwards))  # fmt: skip
+    return b, g, a
 
 
-def _reading(like: torch.Tensor, side: int) -> torch.Tensor:
-    return _reading_matrix(side, like.dtype, like.device)
-
-
-def _writing(like: torch.Tensor, side: int) -> torch.Tensor:
-    return _writing_matrix(side, like.dtype, like.device)
-
-
-def _constant(matrix: tuple[tuple[float, ...], ...], like: torch.Tensor) -> torch.Tensor:
-    return torch.tensor(matrix, dtype=like.dtype, device=like.device)
+def _expand(roots: Sequence[Fraction]) -> list[Fraction]:
+    """Returns the coefficients, the constant first, of the product of (x - root)."""
+    coefficients = [Fraction(1)]
+    for root in roots:
+        shifted = [Fraction(0), *coefficients]
+        coefficients = [s - root * c for s, c in zip(shifted, [*coefficients, Fraction(0)], strict=True)]
+    return coefficients
