@@ -7,7 +7,8 @@ import pytest
 
 from dynaconv.arguments import find_recipe, parse_training
 from dynaconv.cli import VERBS, main
-from dynaconv.recipe import Recipe, to_json, with_settings
+from dynaconv.recipe import Recipe, with_settings
+from dynaconv.recipe_json import to_json
 from dynaconv.recipes import RECIPES
 
 

@@ -6,7 +6,8 @@ import json
 import pytest
 
 from dynaconv.errors import UserError
-from dynaconv.recipe import GROUPS, ModelSettings, Recipe, from_json, load_recipe, to_json, with_settings
+from dynaconv.recipe import GROUPS, ModelSettings, Recipe, with_settings
+from dynaconv.recipe_json import from_json, load_recipe, to_json
 from dynaconv.recipes import RECIPES
 
 

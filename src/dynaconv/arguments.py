@@ -11,7 +11,8 @@ from typing import Annotated
 import tyro
 
 from dynaconv.errors import UserError, unknown
-from dynaconv.recipe import GROUPS, Recipe, load_recipe, with_settings
+from dynaconv.recipe import GROUPS, Recipe, with_settings
+from dynaconv.recipe_json import load_recipe
 from dynaconv.recipes import DEFAULT, RECIPES
 
 RUN_DIR_HELP = "Folder of the run, which must not exist yet. None takes runs/RECIPE-TIME."

@@ -28,11 +28,11 @@ from dynaconv.device import (
 from dynaconv.errors import UserError, WorkError
 from dynaconv.judging.evaluate import Evaluation, evaluate
 from dynaconv.model.network import Network, build_network
-from dynaconv.recipe import Recipe, with_settings
+from dynaconv.recipe import Recipe, sizes_of_epochs, with_settings
 from dynaconv.reporting.events import EventWriter
 from dynaconv.reporting.figures import draw_curves, draw_grid, save_figure
 from dynaconv.rundir import RESULT, RunDir
-from dynaconv.training.budget import plan_epochs, sizes_of_epochs
+from dynaconv.training.budget import plan_epochs
 from dynaconv.training.loop import Batch, DivergedError, Epoch, fit
 
 STEM_IMAGES = 1000
@@ -110,8 +110,7 @@ def source_options(recipe: Recipe, say: Callable[[str], None]) -> SourceOptions:
 def build_model(recipe: Recipe, data: TrainingData, device: torch.device) -> Network:
     """Makes the untrained network of a run on its device; computes its stem, if any, from the training images."""
     _, channels, side, _ = data.train.images.shape
-    smallest = min(recipe.train.train_sizes, default=side)
-    model = build_network(recipe.model, channels, len(data.train.classes), min(side, smallest), recipe.train.seed)
+    model = build_network(recipe.model, channels, len(data.train.classes), side, recipe.train.seed)
     model.to(device)
     if model.backbone.stem is not None:
         # Images from all over the set: a folder of class folders is sorted by class.

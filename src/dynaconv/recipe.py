@@ -1,19 +1,12 @@
-"""The typed settings of a run: what a Recipe is, what it refuses, and its JSON form. Imports no torch."""
+"""The typed settings of a run: what a Recipe is, and what it refuses. Imports no torch."""
 
 import dataclasses
-import json
 import math
 import re
-import types
-import typing
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 from dynaconv.errors import UserError, unknown
-
-FORMAT = 1
-"""Version of the JSON form. A file with another version is refused by name, never guessed at."""
 
 
 def _require(condition: bool, sentence: str) -> None:
@@ -159,6 +152,11 @@ class ModelSettings:
     mixture_form: Literal["auto", "literal", "concatenated", "grouped", "patches", "winograd"] = "auto"
     """How the mixture is computed. All forms give the same result; auto picks the cheaper per block."""
 
+    @property
+    def smallest_side(self) -> int:
+        """Side in pixels of the smallest image that leaves a map behind all halvings."""
+        return self.stem_stride * 2 ** len(self.pool_after)
+
     def __post_init__(self) -> None:
         """Refuses impossible values."""
         _require_range("stem_side", self.stem_side, 0, 8, " pixels")
@@ -234,9 +232,9 @@ class TrainSettings:
     budget: str | None = None
     """Time for training and judging, as 90s, 15m or 1.5h: `epochs` is then as many as fit, by a measurement at the
     start. The run's own recipe holds the epochs, and no budget."""
-    train_sizes: tuple[int, ...] = ()
-    """Sides in pixels, 4 to 512, to which training images are scaled, each for an equal part of the epochs: `16 24 32`
-    trains a third of them on small images, which are cheap. Empty keeps the images' own size."""
+    train_scales: tuple[float, ...] = ()
+    """Shares of the images' side, 0.25 to 1, to which training images are scaled, each for an equal part of the epochs:
+    `0.5 0.75 1` trains a third of them on images of half the side, which are cheap. Empty keeps the side."""
     seed: int = 0
     """Seed of the initial weights, the order of the images and the augmentation."""
     log_every: int = 1
@@ -256,8 +254,8 @@ class TrainSettings:
         _require_count("accumulation_steps", self.accumulation_steps)
         if self.budget is not None:
             parse_duration(self.budget)
-        for side in self.train_sizes:
-            _require_range("train_sizes", side, 4, 512, " pixels")
+        for scale in self.train_scales:
+            _require_range("train_scales", scale, 0.25, 1)
         _require_range("seed", self.seed, 0, 2**63 - 1)
         _require_count("log_every", self.log_every)
         _require_range("threads", self.threads, 0, 1024)
@@ -306,6 +304,18 @@ GROUPS: dict[str, type] = {
 """The groups of a Recipe, in the order in which they are shown. Setting names are unique across groups."""
 
 
+def sizes_of_epochs(recipe: Recipe, epochs: int, side: int) -> list[int]:
+    """Returns the side in pixels of the training images in each epoch, from `train_scales` and the images' own `side`.
+
+    Example:
+        >>> sizes_of_epochs(with_settings(Recipe(), train_scales=(0.5, 1.0)), 5, 32)
+        [16, 16, 16, 32, 32]
+    """
+    scales = recipe.train.train_scales or (1.0,)
+    sizes = [max(round(scale * side), min(side, recipe.model.smallest_side)) for scale in scales]
+    return [sizes[epoch * len(sizes) // epochs] for epoch in range(epochs)]
+
+
 def with_settings(recipe: Recipe, **settings: Any) -> Recipe:
     """Returns the recipe with some settings replaced, each named without its group.
 
@@ -326,73 +336,3 @@ def with_settings(recipe: Recipe, **settings: Any) -> Recipe:
         recipe,
         **{group: dataclasses.replace(getattr(recipe, group), **values) for group, values in changes.items()},
     )
-
-
-def to_json(recipe: Recipe) -> str:
-    """Writes every setting, defaults included, as indented JSON."""
-    return json.dumps({"format": FORMAT, **dataclasses.asdict(recipe)}, indent=2) + "\n"
-
-
-def from_json(text: str, where: str) -> Recipe:
-    """Reads what `to_json` wrote.
-
-    Args:
-        text: The JSON text.
-        where: Name of the file, for the error message.
-
-    Raises:
-        UserError: not JSON, another format version, an unknown or missing setting, a wrong type or value.
-    """
-    try:
-        document = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
-        raise UserError(f"{where} is not a recipe: it is not valid JSON ({error}).") from error
-    if not isinstance(document, dict) or document.pop("format", None) != FORMAT:
-        raise UserError(f"{where} is not a recipe of format {FORMAT}; write one with this version of dynaconv.")
-    parts: dict[str, Any] = {}
-    for group, content in document.items():
-        if group == "name":
-            parts["name"] = str(content)
-        elif group not in GROUPS:
-            raise unknown(f"group of settings in {where}:", group, GROUPS)
-        elif not isinstance(content, dict):
-            raise UserError(f"{where}: {group} must hold settings, received {content!r}.")
-        else:
-            parts[group] = _read_group(GROUPS[group], content, where)
-    return Recipe(**parts)
-
-
-def load_recipe(path: Path) -> Recipe:
-    """Reads a recipe.json; raises UserError if it cannot be read or is not one."""
-    try:
-        text = path.read_text(encoding="utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"The recipe {path} cannot be read: {error}.") from error
-    return from_json(text, str(path))
-
-
-def _read_group(kind: type, content: dict[str, Any], where: str) -> Any:
-    hints = typing.get_type_hints(kind)
-    values: dict[str, Any] = {}
-    for name, value in content.items():
-        if name not in hints:
-            raise unknown(f"setting in {where}:", name, hints)
-        if not _fits(value, hints[name]):
-            raise UserError(f"{where}: {name} has the wrong type, received {value!r}.")
-        values[name] = tuple(value) if isinstance(value, list) else value
-    return kind(**values)
-
-
-def _fits(value: Any, hint: Any) -> bool:
-    origin, arguments = typing.get_origin(hint), typing.get_args(hint)
-    if origin is Literal:
-        return value in arguments
-    if origin in (types.UnionType, typing.Union):
-        return any(_fits(value, option) for option in arguments)
-    if origin is tuple:
-        return isinstance(value, list) and all(_fits(item, arguments[0]) for item in value)
-    if hint is type(None):
-        return value is None
-    if hint is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    return isinstance(value, hint) and (hint is bool or not isinstance(value, bool))

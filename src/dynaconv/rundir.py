@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 from dynaconv.errors import UserError
 from dynaconv.files import writing_whole
-from dynaconv.recipe import Recipe, load_recipe, to_json
+from dynaconv.recipe import Recipe
+from dynaconv.recipe_json import load_recipe, to_json
 
 if TYPE_CHECKING:
     import torch

@@ -11,7 +11,7 @@ KNOWN_SETTINGS_START = "--data, --run-dir, --validation-fraction"
     ("words", "sentence"),
     [
         (["trian"], "Unknown verb 'trian'. Did you mean 'train'? Known: train, recipes."),
-        (["train", "coursewrok"], "Unknown recipe 'coursewrok'. Did you mean 'coursework'? Known: coursework."),
+        (["train", "coursewrok"], "Unknown recipe 'coursewrok'. Did you mean 'coursework'? Known: coursework, fast92."),
         (
             ["train", "none.json"],
             "The recipe none.json cannot be read: [Errno 2] No such file or directory: 'none.json'.",

@@ -6,9 +6,9 @@ import torch
 from dynaconv.data.images import ImageSet
 from dynaconv.errors import UserError
 from dynaconv.model.network import build_network
-from dynaconv.recipe import Recipe, parse_duration, with_settings
+from dynaconv.recipe import Recipe, parse_duration, sizes_of_epochs, with_settings
 from dynaconv.training import budget as module
-from dynaconv.training.budget import plan_epochs, sizes_of_epochs
+from dynaconv.training.budget import plan_epochs
 
 CPU = torch.device("cpu")
 
@@ -41,7 +41,7 @@ def set_costs(monkeypatch, per_size, judging):
     [
         ({}, "50s", 10),  # 4 s an epoch, 0.5 s to validate it, 1.5 s at the end: 10 * 4.5 + 1.5 of 48 s
         ({}, "7s", 1),
-        ({"train_sizes": (4, 8)}, "50s", 13),  # 7 epochs at 4 pixels (2 s) and 6 at 8 (4 s)
+        ({"train_scales": (0.5, 1.0)}, "50s", 13),  # 7 epochs at 4 pixels (2 s) and 6 at 8 (4 s)
         ({"views": "six"}, "57s", 9),  # 10.5 s at the end instead of 1.5
     ],
 )
@@ -74,6 +74,7 @@ def test_measuring_leaves_the_model_as_it_was():
 
 
 def test_sizes_share_the_epochs_evenly():
-    recipe = with_settings(Recipe(), train_sizes=(16, 24, 32))
+    recipe = with_settings(Recipe(), train_scales=(0.5, 0.75, 1.0))
     assert sizes_of_epochs(recipe, 7, 32) == [16, 16, 16, 24, 24, 32, 32]
+    assert sizes_of_epochs(recipe, 3, 8) == [8, 8, 8]  # three halvings leave nothing of fewer pixels
     assert sizes_of_epochs(Recipe(), 2, 28) == [28, 28]

@@ -196,11 +196,10 @@ def build_network(
     Raises:
         UserError: the poolings would leave a map of no pixels.
     """
-    least = settings.stem_stride * 2 ** len(settings.pool_after)
-    if image_size < least:
+    if image_size < settings.smallest_side:
         raise UserError(
             f"--pool-after halves the map {len(settings.pool_after)} times, too often for images of {image_size} "
-            f"pixels a side; remove a place or set --image-size {least} or more."
+            f"pixels a side; remove a place or set --image-size {settings.smallest_side} or more."
         )
     if seed is None:
         return Network(settings, channels, num_classes)

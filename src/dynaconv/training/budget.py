@@ -4,7 +4,7 @@ import copy
 import math
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 
 import torch
 from torch import nn
@@ -12,7 +12,7 @@ from torch import nn
 from dynaconv.data.batches import Batches
 from dynaconv.data.images import ImageSet
 from dynaconv.errors import UserError
-from dynaconv.recipe import Recipe, parse_duration, with_settings
+from dynaconv.recipe import Recipe, parse_duration, sizes_of_epochs, with_settings
 from dynaconv.training.loop import training_epoch, validation_epoch
 from dynaconv.training.optim import build_optimizer
 
@@ -43,7 +43,8 @@ def plan_epochs(
     budget = parse_duration(recipe.train.budget or "")
     started = time.perf_counter()
     side = images.images.shape[-1]
-    sizes = recipe.train.train_sizes or (side,)
+    # As many epochs as there are scales take each of them once.
+    sizes = sizes_of_epochs(recipe, max(1, len(recipe.train.train_scales)), side)
     seconds = {size: _seconds_per_image(recipe, model, images, size, device) for size in sorted(set(sizes))}
     judging = _seconds_per_judged_image(recipe, model, images, device)
     views = {"one": 0, "mirror": 2, "six": 6}[recipe.evaluate.views]
@@ -67,12 +68,6 @@ def plan_epochs(
         )
     say(f"{epochs} epochs fit into {recipe.train.budget}: about {needed(epochs) + spent:.0f} seconds.")
     return with_settings(recipe, epochs=epochs, budget=None)
-
-
-def sizes_of_epochs(recipe: Recipe, epochs: int, side: int) -> list[int]:
-    """Returns the side in pixels of the training images in each epoch: `train_sizes` in equal parts, or `side`."""
-    given: Sequence[int] = recipe.train.train_sizes or (side,)
-    return [given[epoch * len(given) // epochs] for epoch in range(epochs)]
 
 
 def _seconds_per_image(recipe: Recipe, model: nn.Module, images: ImageSet, size: int, device: torch.device) -> float:
