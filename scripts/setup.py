@@ -14,6 +14,7 @@ Standard library only: this is what runs before anything is installed.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import os
 import platform
 import re
@@ -52,7 +53,7 @@ class SetupError(Exception):
 
 
 class PipError(Exception):
-    """pip failed; the text is all that it printed."""
+    """pip, or another command of a stage, failed; the text is all that it printed."""
 
 
 # ---- Decisions: what is asked for, and what pip's words mean -------------------------------------------------------
@@ -203,6 +204,14 @@ def install_borrowed(wanted: Sequence[str]) -> None:
 # ---- The whole -----------------------------------------------------------------------------------------------------
 
 
+def compile_imported() -> None:
+    """Compiles what a training imports, where this Python is told not to: it would do so at each start, for seconds."""
+    if sys.dont_write_bytecode:
+        words = ("env", "-u", "PYTHONDONTWRITEBYTECODE", PYTHON, "-c", "import dynaconv.experiment")
+        with contextlib.suppress(PipError):  # it only saves time
+            stage("bytecode of what a training imports", *words)
+
+
 def install(dev: bool, may_borrow: bool) -> None:
     """Tries the three ways in turn.
 
@@ -256,6 +265,7 @@ def prepare(dev: bool) -> None:
         if not kept:
             stage(f"virtual environment of Python {platform.python_version()}", sys.executable, "-m", "venv", VENV)
         install(dev, may_borrow=not kept or BORROWED.exists())
+        compile_imported()
     except (PipError, SetupError) as error:
         # What stood before still works: pip settles on all versions before it changes the first package.
         UNFINISHED.unlink()

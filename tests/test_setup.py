@@ -221,3 +221,14 @@ def test_a_failure_leaves_a_whole_venv_as_it_was(checkout: Path) -> None:
     assert run_setup(checkout, "exit 0\n").returncode == 2
     assert (checkout / ".venv" / "runtime.stamp").exists()
     assert not (checkout / ".venv" / "unfinished").exists()
+
+
+@pytest.mark.parametrize(("told", "compiles"), [("1", True), ("", False)])
+def test_bytecode_is_made_once_where_python_is_told_to_keep_none(
+    checkout: Path, monkeypatch: pytest.MonkeyPatch, told: str, compiles: bool
+) -> None:
+    monkeypatch.setenv("PYTHONDONTWRITEBYTECODE", told)
+    said = checkout / "said"
+    done = run_setup(checkout, f'echo "$* told=$PYTHONDONTWRITEBYTECODE" >> "{said}"\n')
+    assert done.returncode == 0, done.stderr
+    assert ("-c import dynaconv.experiment told=\n" in said.read_text(encoding="utf-8")) == compiles
