@@ -69,13 +69,16 @@ def keep_freed_memory() -> bool:
     By default every large tensor is given back when freed and faulted in again page by page in the next step: a third
     of the CPU time of a training step. Does nothing where the C library is not glibc.
     """
-    trim_threshold, top_pad, mmap_threshold = -1, -2, -3  # names of the parameters in glibc's malloc.h
+    # Names of the parameters in glibc's malloc.h. Every buffer comes from the heap, and the heap is never cut back: a
+    # threshold, however large, is passed by the sum of what one step frees.
+    trim_threshold, top_pad, mmap_max = -1, -2, -4
     try:
         mallopt = ctypes.CDLL(None).mallopt
     except (OSError, AttributeError, TypeError):
         return False
-    settings = {mmap_threshold: 2**30, trim_threshold: 2**30, top_pad: 64 * 2**20}
-    return all(mallopt(name, value) == 1 for name, value in settings.items())
+    settings = {mmap_max: 0, trim_threshold: -1, top_pad: 64 * 2**20}
+    taken = [mallopt(name, value) for name, value in settings.items()]  # all of them, whatever becomes of the first
+    return all(taken)
 
 
 def peak_memory_bytes() -> int | None:

@@ -127,3 +127,16 @@ def test_literal_form_starts_from_the_residual():
 def test_a_mixture_of_nothing_is_refused():
     with pytest.raises(ValueError, match="at least one kernel"):
         mix_literally(torch.zeros(1, 1, 2, 2), [], torch.zeros(1, 0))
+
+
+def test_a_weighted_sum_and_its_gradients_keep_the_order_of_the_maps():
+    maps = torch.randn(3, 4, 6, 6, dtype=torch.float64).contiguous(memory_format=torch.channels_last).requires_grad_()
+    weights = torch.randn(3, 1, dtype=torch.float64, requires_grad=True)
+    kernel = torch.eye(4, dtype=torch.float64)[:, :, None, None]
+    total = mix_literally(maps, [kernel], weights, maps)
+    assert total.is_contiguous(memory_format=torch.channels_last)
+    total.sin().sum().backward()
+    assert maps.grad.is_contiguous(memory_format=torch.channels_last)
+    expected = torch.cos(maps * (1 + weights[:, :, None, None])).detach()
+    torch.testing.assert_close(maps.grad, expected * (1 + weights[:, :, None, None]).detach())
+    torch.testing.assert_close(weights.grad[:, 0], (expected * maps).sum((1, 2, 3)).detach())

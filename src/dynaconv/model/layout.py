@@ -4,6 +4,8 @@ A tensor is (N, C, H, W) to everybody; only its strides differ. What is here let
 work on maps that lie by place without copying them into another order.
 """
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.nn import functional
@@ -12,6 +14,23 @@ from torch.nn import functional
 def lies_by_place(maps: torch.Tensor) -> bool:
     """Tells whether (N, C, H, W) maps lie in memory as (H, W, N, C), and not also in one of torch's own orders."""
     return maps.permute(2, 3, 0, 1).is_contiguous() and not maps.is_contiguous(memory_format=torch.channels_last)
+
+
+def lay_by_place(maps: torch.Tensor) -> torch.Tensor:
+    """Returns the same (N, C, H, W) maps, in memory as (H, W, N, C); the gradient goes back with channels innermost."""
+    return maps if lies_by_place(maps) else _LayByPlace.apply(maps)  # pyright: ignore[reportReturnType]
+
+
+class _LayByPlace(torch.autograd.Function):
+    """Without it, the layers before would meet maps in one order with gradients in another, at a tenth of the speed."""
+
+    @staticmethod
+    def forward(ctx: Any, maps: torch.Tensor) -> torch.Tensor:
+        return maps.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> torch.Tensor:  # pyright: ignore[reportIncompatibleMethodOverride]
+        return gradient.contiguous(memory_format=torch.channels_last)
 
 
 def pool_maps(pool: nn.Module, maps: torch.Tensor) -> torch.Tensor:

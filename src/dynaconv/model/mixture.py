@@ -6,7 +6,7 @@ linear function of the pooled input, without softmax or sigmoid, so they are unb
 """
 
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch.nn import functional
@@ -169,13 +169,38 @@ def _weighted_sum(
     outputs: Iterable[torch.Tensor], weights: torch.Tensor, residual: torch.Tensor | None
 ) -> torch.Tensor:
     total = residual
-    for output, weight in zip(outputs, weights[:, :, None, None, None].unbind(1), strict=True):
-        # One pass over the output instead of one to scale and one to add: on a CPU these passes are a quarter of the
-        # block's time.
-        total = output * weight if total is None else torch.addcmul(total, output, weight)
+    for output, weight in zip(outputs, weights.unbind(1), strict=True):
+        total = _AddWeighted.apply(total, output, weight)
     if total is None:
         raise ValueError("a mixture needs at least one kernel, received none")
-    return total
+    return total  # pyright: ignore[reportReturnType]
+
+
+class _AddWeighted(torch.autograd.Function):
+    """Adds (N, O, H, W) outputs, times (N,) weights, to a total of the same shape, or to none.
+
+    Torch's own backward pass of this takes twice as many passes over the maps. A weight is expanded to the shape of the
+    maps before it is used: broadcast from (N, 1, 1, 1), torch puts the product of maps with their channels innermost
+    into another order, at a fortieth of the speed.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, total: torch.Tensor | None, output: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(output, weight)
+        ctx.total_dtype = None if total is None else total.dtype
+        wide = weight[:, None, None, None].expand_as(output)
+        return output * wide if total is None else torch.addcmul(total, output, wide)
+
+    @staticmethod
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, gradient: torch.Tensor
+    ) -> tuple[torch.Tensor | None, torch.Tensor | None, torch.Tensor | None]:
+        output, weight = ctx.saved_tensors
+        wants_total, wants_output, wants_weight = ctx.needs_input_grad
+        to_total = gradient.to(ctx.total_dtype) if wants_total else None
+        to_output = (gradient * weight[:, None, None, None].expand_as(gradient)).to(output.dtype)
+        to_weight = (gradient * output).sum((1, 2, 3)).to(weight.dtype) if wants_weight else None
+        return to_total, to_output if wants_output else None, to_weight
 
 
 def _same_size(kernels: Sequence[torch.Tensor]) -> list[torch.Tensor]:

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from dynaconv.errors import UserError
-from dynaconv.model.layout import continue_channels, lies_by_place, normalize_maps, pool_maps
+from dynaconv.model.layout import continue_channels, lay_by_place, lies_by_place, normalize_maps, pool_maps
 from dynaconv.model.mixture import FORMS, MIXES_KERNELS, choose_form, mix_literally, mix_winograd
 from dynaconv.recipe import ModelSettings
 
@@ -64,7 +64,9 @@ class Block(nn.Module):
         outputs = kernels[0].shape[0]
         sides = [kernel.shape[-1] for kernel in kernels]
         form = choose_form(sides, outputs, inputs) if self.form == "auto" else self.form
-        if form != "winograd" and lies_by_place(inputs):
+        if form == "winograd":
+            inputs = lay_by_place(inputs)  # before the shortcut, whose order all that follows inherits
+        elif lies_by_place(inputs):
             inputs = inputs.contiguous(memory_format=torch.channels_last)
         if form in MIXES_KERNELS:
             # The shortcut is one more convolution, always with weight one: inside the mixed kernel it costs nothing.

@@ -1,0 +1,131 @@
+"""Times the training step of a recipe as it is against the plain one: literal mixture, float32, nothing of the engine.
+
+Command: python benchmarks/train_speed.py [RECIPE ...]    (all recipes if none is named)
+Needs: DYNACONV_DATA. Takes: about five minutes a recipe. Each contender runs in processes of its own, in turn, since
+the allocator's settings cannot be taken back. A step is what training does: transforms, forward, backward, update.
+"""
+
+import json
+import statistics
+import subprocess
+import sys
+import time
+from itertools import islice
+
+import torch
+from record import over_repeats, write_result
+from torch.utils.flop_counter import FlopCounterMode
+
+from dynaconv.data.batches import Batches
+from dynaconv.device import computing_in, keep_freed_memory, pick_device, pick_precision, use_threads
+from dynaconv.experiment import build_model, load_training_data
+from dynaconv.model.network import build_network
+from dynaconv.recipe import Recipe, sizes_of_epochs, with_settings
+from dynaconv.recipes import RECIPES
+from dynaconv.training.loop import training_epoch
+from dynaconv.training.optim import build_optimizer
+
+ROUNDS = 3
+IMAGES = 3000
+"""Trained on per size and round, behind two batches that warm up."""
+PEAK_SHAPES = ((64, 32), (128, 16), (256, 8), (256, 16))
+"""(channels, side of the map) of the direct convolutions of which the fastest counts as this machine's peak."""
+
+
+def main() -> None:
+    match sys.argv[1:]:
+        case ["--measure", name, contender]:
+            print(json.dumps(seconds_per_image(RECIPES[name](), plain=contender == "plain")))
+        case names:
+            peak = peak_of_direct_convolutions()
+            print(f"peak of a direct convolution: {peak / 1e9:.0f} GFLOP/s", flush=True)
+            metrics = {name: compare(name, peak) for name in names or RECIPES}
+            print(write_result("train_speed", {"peak_flops_per_second": {"value": peak}, **metrics}))
+
+
+def compare(name: str, peak: float) -> dict[str, object]:
+    """Times both contenders in turn and relates them to each other and to the peak."""
+    recipe = RECIPES[name]()
+    rounds: dict[str, list[dict[str, float]]] = {"engine": [], "plain": []}
+    for _ in range(ROUNDS):
+        for contender, values in rounds.items():
+            command = [sys.executable, __file__, "--measure", name, contender]
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            values.append(json.loads(done.stdout.splitlines()[-1]))
+    sizes = sizes_of_epochs(recipe, recipe.train.epochs, 32)
+    means = {contender: [over_epochs(value, sizes) for value in values] for contender, values in rounds.items()}
+    flops = statistics.fmean(flops_per_image(recipe, size) for size in sizes)
+    times = [plain / engine for plain, engine in zip(means["plain"], means["engine"], strict=True)]
+    share = flops / statistics.median(means["engine"]) / peak
+    print(
+        f"{name}: {1 / statistics.median(means['engine']):.0f} images/s, {statistics.median(times):.2f}x the plain "
+        f"step, {flops / 1e6:.0f} MFLOP an image computed directly, {share:.0%} of the peak",
+        flush=True,
+    )
+    return {
+        "images_per_second": over_repeats([1 / value for value in means["engine"]]),
+        "plain_images_per_second": over_repeats([1 / value for value in means["plain"]]),
+        "times_plain": over_repeats(times),
+        "images_per_second_by_side": {
+            side: over_repeats([1 / value[side] for value in rounds["engine"]]) for side in rounds["engine"][0]
+        },
+        "literal_flops_per_image": {"value": flops},
+        "literal_flops_over_peak": {"value": share},
+    }
+
+
+def over_epochs(seconds: dict[str, float], sizes: list[int]) -> float:
+    return statistics.fmean(seconds[str(size)] for size in sizes)
+
+
+def seconds_per_image(recipe: Recipe, plain: bool) -> dict[str, float]:
+    """Returns the seconds that training takes per image, for each side in pixels that the recipe trains on."""
+    if plain:
+        recipe = with_settings(recipe, mixture_form="literal", precision="float32")
+    else:
+        keep_freed_memory()
+    use_threads(recipe.train.threads)
+    device = pick_device(recipe.train.device)
+    data = load_training_data(with_settings(recipe, source="cifar10"), device, print)
+    model = build_model(recipe, data, device)
+    optimizer = build_optimizer(model, recipe.optim)
+    criterion = torch.nn.CrossEntropyLoss(label_smoothing=recipe.optim.label_smoothing)
+    seconds = {}
+    with computing_in(pick_precision(recipe.train.precision, device, print), device):
+        for size in sorted(set(sizes_of_epochs(recipe, recipe.train.epochs, 32))):
+            batches = iter(Batches(data.train, recipe.train.batch_size, recipe.augment, 0, [size]))
+            training_epoch(model, islice(batches, 2), criterion, optimizer, device)
+            count = max(1, IMAGES // recipe.train.batch_size)
+            started = time.perf_counter()
+            training_epoch(model, islice(batches, count), criterion, optimizer, device)
+            seconds[str(size)] = (time.perf_counter() - started) / (count * recipe.train.batch_size)
+    return seconds
+
+
+def flops_per_image(recipe: Recipe, side: int) -> int:
+    """Counts forward and backward of all K convolutions computed directly, two operations a multiply-add."""
+    literal = with_settings(recipe, mixture_form="literal").model
+    model = build_network(literal, 3, 10, side, seed=0)
+    with FlopCounterMode(display=False) as counter:
+        model(torch.randn(2, 3, side, side)).sum().backward()
+    return counter.get_total_flops() // 2
+
+
+def peak_of_direct_convolutions() -> float:
+    """Returns the operations a second of the fastest direct 3x3 convolution, forward, float32, batch of 128."""
+    keep_freed_memory()
+    use_threads(0)
+    best = 0.0
+    for channels, side in PEAK_SHAPES:
+        inputs = torch.randn(128, channels, side, side).contiguous(memory_format=torch.channels_last)
+        kernel = torch.randn(channels, channels, 3, 3)
+        for _ in range(6):
+            started = time.perf_counter()
+            torch.nn.functional.conv2d(inputs, kernel, padding=1)
+            seconds = time.perf_counter() - started
+            best = max(best, 2 * 9 * channels**2 * inputs.shape[0] * side**2 / seconds)
+    return best
+
+
+if __name__ == "__main__":
+    main()
