@@ -297,7 +297,7 @@ def _train(
 
     with contextlib.closing(EventWriter(run.tensorboard)) as events:
         try:
-            history = fit(model, _Tracked(training, track), validation, recipe, device, on_epoch)
+            history = fit(model, _Tracked(training, track), validation, recipe, device, on_epoch, say)
         except DivergedError as error:
             kept = f"the weights of epoch {finished}" if finished else "the untrained weights"
             raise WorkError(

@@ -6,8 +6,9 @@ import pytest
 import torch
 from torch import nn
 
+from dynaconv.errors import WorkError
 from dynaconv.recipe import Recipe, with_settings
-from dynaconv.training.loop import DivergedError, fit, training_epoch, validation_epoch
+from dynaconv.training.loop import DivergedError, Parts, fit, training_epoch, validation_epoch
 
 CPU = torch.device("cpu")
 
@@ -117,3 +118,68 @@ def test_label_smoothing_changes_the_training_loss_alone():
     ]
     assert told[0].validation_loss == pytest.approx(told[1].validation_loss, abs=1e-6)
     assert abs(told[0].training_loss - told[1].training_loss) > 1e-3
+
+
+class _SmallMemory(nn.Module):
+    """Runs out of memory, as torch does on a CPU or a GPU, whenever it sees more than `most` images."""
+
+    def __init__(self, most, error):
+        super().__init__()
+        self.inner, self.most, self.error, self.seen = make_model(), most, error, []
+
+    def forward(self, images):
+        if len(images) > self.most:
+            raise self.error
+        self.seen.append(len(images))
+        return self.inner(images)
+
+
+OUT_OF_MEMORY = [
+    RuntimeError("[enforce fail at alloc_cpu.cpp:127] . DefaultCPUAllocator: can't allocate memory"),
+    torch.OutOfMemoryError("CUDA out of memory."),
+    MemoryError(),
+]
+
+
+@pytest.mark.parametrize("error", OUT_OF_MEMORY, ids=lambda error: type(error).__name__)
+def test_a_batch_that_does_not_fit_is_halved_and_the_update_stays(error):
+    images, labels = make_images(29)
+    outcomes, notices = [], []
+    for most in (1000, 4):
+        model = _SmallMemory(most, error)
+        optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
+        parts = Parts(say=notices.append)
+        average = training_epoch(
+            model, cut(images, labels, 12), nn.CrossEntropyLoss(), optimizer, CPU, accumulation_steps=1, parts=parts
+        )
+        outcomes.append((average.loss, *(parameter.detach() for parameter in model.parameters())))
+    for whole, halved in zip(*outcomes, strict=True):
+        torch.testing.assert_close(whole, halved, rtol=1e-10, atol=1e-10)
+    assert model.seen == [3] * 4 + [3] * 4 + [3, 2]  # never a part of a single image
+    assert [notice.split(":")[0] for notice in notices] == ["Out of memory"] * 2
+    assert "in 4 parts" in notices[-1]
+
+
+def test_what_was_learned_about_memory_is_kept_for_the_next_epoch():
+    images, labels = make_images(8)
+    model, notices = _SmallMemory(2, OUT_OF_MEMORY[1]), []
+    settings = with_settings(Recipe(), epochs=3, batch_size=8)
+    fit(model, cut(images, labels, 8), [], settings, CPU, say=notices.append)
+    assert len(notices) == 2
+    assert model.seen == [2] * 12
+
+
+def test_memory_for_not_even_two_images_ends_the_run_with_advice():
+    images, labels = make_images(12)
+    model = _SmallMemory(1, OUT_OF_MEMORY[0])
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(WorkError, match="take a smaller network"):
+        training_epoch(model, cut(images, labels, 12), nn.CrossEntropyLoss(), optimizer, CPU)
+
+
+def test_other_errors_are_not_taken_for_a_lack_of_memory():
+    images, labels = make_images(12)
+    model = _SmallMemory(1, RuntimeError("shapes cannot be multiplied"))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with pytest.raises(RuntimeError, match="shapes"):
+        training_epoch(model, cut(images, labels, 12), nn.CrossEntropyLoss(), optimizer, CPU)

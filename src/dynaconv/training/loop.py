@@ -61,10 +61,40 @@ class _Sums:
         self.correct += (logits.detach().argmax(1) == labels).sum()
         self.images += len(labels)
 
+    def merge(self, other: "_Sums") -> None:
+        self.loss += other.loss
+        self.correct += other.correct
+        self.images += other.images
+
     def average(self) -> Average:
         if self.images == 0:
             raise ValueError("an epoch needs at least one batch, received none")
         return Average(self.loss.item() / self.images, self.correct.item() / self.images)
+
+
+@dataclass
+class Parts:
+    """Into how many parts each batch is cut because a whole one does not fit into memory."""
+
+    count: int = 1
+    """1 for whole batches. Doubled whenever memory runs out, and never lowered again."""
+    say: Callable[[str], None] = lambda notice: None
+    """Shows a line to the user."""
+
+    def cut(self, window: list[Batch]) -> list[Batch]:
+        """Returns the batches, each in parts of two images at least that differ by one at most."""
+        cut: list[Batch] = []
+        for images, labels in window:
+            count = max(1, min(self.count, len(labels) // 2))
+            cut += zip(images.tensor_split(count), labels.tensor_split(count), strict=True)
+        return cut
+
+    def double(self, window: list[Batch]) -> None:
+        """Cuts finer from now on; raises WorkError where that would leave less than two images."""
+        if max(len(labels) for _, labels in window) < 4 * self.count:
+            raise WorkError("Out of memory even with a few images at a time; take a smaller network or smaller images.")
+        self.count *= 2
+        self.say(f"Out of memory: each batch goes in {self.count} parts from here on, its gradients added up.")
 
 
 def training_epoch(
@@ -74,6 +104,7 @@ def training_epoch(
     optimizer: torch.optim.Optimizer,
     device: torch.device,
     accumulation_steps: int = 1,
+    parts: Parts | None = None,
 ) -> Average:
     """Trains on every batch once.
 
@@ -88,27 +119,25 @@ def training_epoch(
         optimizer: Over the model's parameters.
         device: Where the model is.
         accumulation_steps: Batches per update, at least 1.
+        parts: Doubled when memory runs out; the update stays that of whole batches, though batch norm sees the parts.
+            None makes a fresh one.
 
     Returns:
         Loss and accuracy averaged over images, as the network saw them: augmented, and before each update.
 
     Raises:
         DivergedError: the loss is NaN or infinite. The model then holds the weights of that step.
+        WorkError: not even two images fit into memory.
     """
     model.train()
+    parts = parts or Parts()
     sums = _Sums(device)
     # Reading the loss makes an accelerator wait, so it is read seldom there; on a CPU it costs nothing.
     step = 0
     steps_between_checks = 1 if device.type == "cpu" else 64
     for step, window in enumerate(_windows(batches, accumulation_steps), start=1):
-        window_images = sum(len(labels) for _, labels in window)
-        optimizer.zero_grad(set_to_none=True)
-        for images, labels in window:
-            labels = labels.to(device, non_blocking=True)
-            logits = model(images.to(device, non_blocking=True))
-            loss = criterion(logits, labels)
-            (loss * (len(labels) / window_images)).backward()
-            sums.add(loss, logits, labels)
+        while not _fill_gradients(model, parts.cut(window), criterion, optimizer, device, sums):
+            parts.double(window)
         if step % steps_between_checks == 0 and not math.isfinite(total := sums.loss.item()):
             raise DivergedError(step, total)
         optimizer.step()
@@ -116,6 +145,39 @@ def training_epoch(
     if not math.isfinite(average.loss):
         raise DivergedError(step, average.loss)
     return average
+
+
+def _fill_gradients(
+    model: nn.Module,
+    window: list[Batch],
+    criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    optimizer: torch.optim.Optimizer,
+    device: torch.device,
+    sums: _Sums,
+) -> bool:
+    """Leaves the gradient of the mean loss over the window in the parameters; returns False where memory ran out."""
+    images_in_all = sum(len(labels) for _, labels in window)
+    optimizer.zero_grad(set_to_none=True)
+    window_sums = _Sums(device)
+    try:
+        for images, labels in window:
+            labels = labels.to(device, non_blocking=True)
+            logits = model(images.to(device, non_blocking=True))
+            loss = criterion(logits, labels)
+            (loss * (len(labels) / images_in_all)).backward()
+            window_sums.add(loss, logits, labels)
+    except (RuntimeError, MemoryError) as error:
+        if not _is_out_of_memory(error):
+            raise
+        # What the failed step held is freed when this function has returned, and with it the traceback.
+        return False
+    sums.merge(window_sums)
+    return True
+
+
+def _is_out_of_memory(error: RuntimeError | MemoryError) -> bool:
+    # On a CPU torch raises a plain RuntimeError.
+    return isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error)
 
 
 @torch.no_grad()
@@ -173,6 +235,7 @@ def fit(
     recipe: Recipe,
     device: torch.device,
     on_epoch: Callable[[Epoch], None] = lambda epoch: None,
+    say: Callable[[str], None] = lambda notice: None,
 ) -> list[Epoch]:
     """Trains for the recipe's epochs with cross-entropy, its optimiser and its schedule.
 
@@ -183,6 +246,7 @@ def fit(
         recipe: Its `train` and `optim` settings are used.
         device: Where the model is.
         on_epoch: Called after every epoch with its metrics, the model holding the weights they belong to.
+        say: Shows a notice to the user: a batch did not fit into memory and goes in parts.
 
     Returns:
         The metrics of every epoch. The model holds the weights of the last one.
@@ -195,12 +259,13 @@ def fit(
     optimizer = build_optimizer(model, recipe.optim)
     steps = math.ceil(len(training_batches) / recipe.train.accumulation_steps)
     schedule = Schedule(optimizer, recipe.optim, recipe.train.epochs, steps)
+    parts = Parts(say=say)
     history: list[Epoch] = []
     for number in range(1, recipe.train.epochs + 1):
         rate = optimizer.param_groups[-1]["lr"]
         started = time.perf_counter()
         counted = _Counted(training_batches)
-        training = training_epoch(model, counted, smoothed, optimizer, device, recipe.train.accumulation_steps)
+        training = training_epoch(model, counted, smoothed, optimizer, device, recipe.train.accumulation_steps, parts)
         trained = time.perf_counter()
         validation = validation_epoch(model, validation_batches, criterion, device) if len(validation_batches) else None
         if validation and not math.isfinite(validation.loss):
