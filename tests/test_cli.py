@@ -29,6 +29,11 @@ def test_settings_arrive_in_the_recipe():
     )
 
 
+def test_a_switch_of_a_recipe_can_be_turned_off():
+    recipe, _ = parse_training(["fast92", "--no-alternate-flip"])
+    assert recipe == with_settings(RECIPES["fast92"](), alternate_flip=False)
+
+
 def test_without_arguments_the_default_recipe():
     assert parse_training([]) == (RECIPES["coursework"](), None)
 

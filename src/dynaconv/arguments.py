@@ -85,11 +85,12 @@ def _spell_out(word: str) -> str:
 
 def _check_names(words: list[str]) -> None:
     """Refuses an option that is no setting before anything else, with the nearest names."""
-    settings = [field.name for kind in GROUPS.values() for field in dataclasses.fields(kind)]
-    known = ["--data", "--run-dir", *(f"--{name.replace('_', '-')}" for name in settings)]
+    settings = [field for kind in GROUPS.values() for field in dataclasses.fields(kind)]
+    known = ["--data", "--run-dir", *(f"--{field.name.replace('_', '-')}" for field in settings)]
+    switched_off = [f"--no-{field.name.replace('_', '-')}" for field in settings if isinstance(field.default, bool)]
     for word in words:
         name = word.partition("=")[0]
-        if name.startswith("--") and name not in (*known, "--help", "--no-offline"):
+        if name.startswith("--") and name not in (*known, *switched_off, "--help"):
             raise unknown("setting", name, [option for option in known if option != "--source"])
 
 
