@@ -99,10 +99,16 @@ def mix_winograd(
 ) -> torch.Tensor:
     """Sums the 3x3 convolutions between the transforms of Winograd's algorithm, any others as the literal form does.
 
-    Arguments and result as in `mix_literally`, but float32 or float64 only; the result of 3x3 kernels has its channels
-    innermost in memory.
+    Arguments and result as in `mix_literally`; the result of 3x3 kernels lies by place in memory. The transforms need
+    digits that half precision lacks: under autocast all is computed in float32. Where torch traces the network, its
+    recording could not hold the layout, and this is the literal form.
     Cost: that of `winograd.convolve_mixed` for all 3x3 kernels together, of a convolution for each of the others.
     """
+    if torch.compiler.is_compiling():
+        return mix_literally(inputs, kernels, weights, residual)
+    if torch.is_autocast_enabled(inputs.device.type):
+        with torch.autocast(inputs.device.type, enabled=False):
+            return mix_winograd(inputs.float(), kernels, weights.float(), residual)
     shared = [k for k, kernel in enumerate(kernels) if kernel.shape[-1] == 3]
     if len(shared) > 1:
         mixed = convolve_mixed(inputs, [kernels[k] for k in shared], weights[:, shared])
@@ -153,7 +159,8 @@ def choose_form(kernel_sizes: Sequence[int], outputs: int, inputs: torch.Tensor)
     }
     # Winograd's transforms need the digits that half precision lacks.
     whole = inputs.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(inputs.device.type)
-    if min(channels, outputs) >= 64 and torch.is_grad_enabled() and whole:
+    traced = torch.compiler.is_compiling()
+    if min(channels, outputs) >= 64 and torch.is_grad_enabled() and whole and not traced:
         share = 0.5 + 16 / min(channels, outputs)  # of a direct 3x3 convolution: wide blocks hide the transforms
         costs["winograd"] = sum(side**2 * (share if side == 3 else 1) for side in kernel_sizes) / area
     return min(costs, key=costs.__getitem__)

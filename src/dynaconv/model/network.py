@@ -64,7 +64,7 @@ class Block(nn.Module):
         outputs = kernels[0].shape[0]
         sides = [kernel.shape[-1] for kernel in kernels]
         form = choose_form(sides, outputs, inputs) if self.form == "auto" else self.form
-        if form == "winograd":
+        if form == "winograd" and not torch.compiler.is_compiling():
             inputs = lay_by_place(inputs)  # before the shortcut, whose order all that follows inherits
         elif lies_by_place(inputs):
             inputs = inputs.contiguous(memory_format=torch.channels_last)
