@@ -1,6 +1,7 @@
 """Trains a recipe on CIFAR-10 once per seed, each in a process of its own, and writes the summary.
 
-Command: python benchmarks/recipe.py coursework --seeds 0 1 2
+Commands: python benchmarks/recipe.py coursework --seeds 0 1 2
+          python benchmarks/recipe.py fast92 --seeds 0 1 2 3 4 --all-images    (none held out for validation)
 Needs: DYNACONV_DATA. Takes: what the recipe costs (`dynaconv recipes`) for each seed.
 A seed whose run has ended is not trained again, so that the seeds can be spread over several evenings; the summary
 covers the runs that are there, and lists the commit of each.
@@ -37,12 +38,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("recipe", choices=sorted(RECIPES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
+    parser.add_argument("--all-images", action="store_true", help="train on the validation images as well")
     arguments = parser.parse_args()
+    held_out = ["--validation-fraction", "0"] if arguments.all_images else []
     for seed in arguments.seeds:
         folder = run_of(arguments.recipe, seed)
         if not (folder / "result.json").exists():
             words = ["train", arguments.recipe, "--data", "cifar10", "--seed", str(seed), "--run-dir", str(folder)]
-            subprocess.run([sys.executable, "-m", "dynaconv", *words], check=True)
+            subprocess.run([sys.executable, "-m", "dynaconv", *words, *held_out], check=True)
     summarise(arguments.recipe, arguments.seeds)
 
 

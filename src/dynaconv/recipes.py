@@ -47,9 +47,9 @@ def fast92() -> Recipe:
         learning_rate=0.03,
         schedule="linear",
         label_smoothing=0.2,
-        epochs=8,
+        epochs=14,
         batch_size=500,
-        train_scales=(0.5, 0.75, 1.0, 1.0),
+        train_scales=(0.5, 0.75, 0.75, 1.0, 1.0),
         evaluation_batch_size=500,
     )
 
