@@ -44,7 +44,7 @@ def from_json(text: str, where: str) -> Recipe:
         elif not isinstance(content, dict):
             raise UserError(f"{where}: {group} must hold settings, received {content!r}.")
         else:
-            parts[group] = _read_group(GROUPS[group], content, where)
+            parts[group] = read_settings(GROUPS[group], content, where)
     return Recipe(**parts)
 
 
@@ -57,7 +57,12 @@ def load_recipe(path: Path) -> Recipe:
     return from_json(text, str(path))
 
 
-def _read_group(kind: type, content: dict[str, Any], where: str) -> Any:
+def read_settings(kind: type, content: dict[str, Any], where: str) -> Any:
+    """Makes one group of settings, a dataclass, from a JSON object; what it lacks keeps its default.
+
+    Raises:
+        UserError: an unknown setting, a wrong type or value; `where` names the file.
+    """
     hints = typing.get_type_hints(kind)
     values: dict[str, Any] = {}
     for name, value in content.items():

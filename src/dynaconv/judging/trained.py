@@ -1,0 +1,113 @@
+"""What a run has trained, read back from its folder: the network with its weights, and what it was trained on."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dynaconv.data.images import ImageSet
+from dynaconv.data.sources import SourceOptions, load_images
+from dynaconv.errors import UserError
+from dynaconv.model.network import Network, build_network
+from dynaconv.recipe import ModelSettings, Recipe
+from dynaconv.recipe_json import read_settings
+from dynaconv.rundir import RunDir
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The outcome of a run.
+
+    Attributes:
+        run: Its folder.
+        recipe: All settings of the run.
+        network: In evaluation mode, with the weights that the run ended with.
+        classes: Class names in the order of the network's outputs.
+        channels: 1 or 3.
+        image_size: Side of the images in pixels.
+    """
+
+    run: RunDir
+    recipe: Recipe
+    network: Network
+    classes: tuple[str, ...]
+    channels: int
+    image_size: int
+
+
+def load_trained(path: Path, device: torch.device) -> Trained:
+    """Reads a run's recipe, architecture and weights.
+
+    Args:
+        path: The run's folder.
+        device: Where the network will be.
+
+    Raises:
+        UserError: no run's folder, or a file of it is missing, damaged, or does not fit the others.
+    """
+    run = RunDir.open(path)
+    recipe = run.read_recipe()
+    model = run.read_json("model.json")
+    where = str(path / "model.json")
+    if not isinstance(model, dict):
+        raise UserError(f"{where} does not describe a model; it was altered.")
+    architecture = read_settings(ModelSettings, _part(model, "architecture", dict, where), where)
+    classes = _part(model, "classes", list, where)
+    channels, side = (_part(model, name, int, where) for name in ("channels", "image_size"))
+    if len(classes) < 2 or not all(isinstance(name, str) for name in classes):
+        raise UserError(f"{where}: classes must be two names or more, received {classes!r}.")
+    if channels not in (1, 3) or not 4 <= side <= 512:
+        raise UserError(f"{where}: {channels} channels of {side} pixels a side are no images of this program.")
+    network = build_network(architecture, channels, len(classes), side, seed=0)
+    _fill(network, run.read_weights(), path)
+    return Trained(run, recipe, network.to(device).eval(), tuple(classes), channels, side)
+
+
+def load_judged_images(trained: Trained, split: str, options: SourceOptions) -> ImageSet:
+    """Reads the images that a run validated on, or the test images of its source.
+
+    Args:
+        trained: The run.
+        split: "validation" or "test".
+        options: How to read the source; image size and channels are those of the run.
+
+    Raises:
+        UserError: the source's images are no longer those of the run, or it held none out for validation.
+    """
+    source = trained.recipe.data.source
+    if split == "test":
+        return load_images(source, "test", options).with_classes(trained.classes)
+    chosen = trained.run.read_json("split.json").get("validation", [])
+    if not chosen:
+        raise UserError(f"The run {trained.run.path} held no image out for validation; judge it with --split test.")
+    images = load_images(source, "train", options)
+    expected = trained.run.read_json("environment.json").get("data_sha256")
+    if images.sha256() != expected:
+        raise UserError(
+            f"The images of {source} are not those that {trained.run.path} was trained on; its validation images "
+            "cannot be told from its training images."
+        )
+    return images.subset(torch.tensor(chosen)).with_classes(trained.classes)
+
+
+def _part(document: dict[str, Any], name: str, kind: type, where: str) -> Any:
+    value = document.get(name)
+    if not isinstance(value, kind) or isinstance(value, bool):
+        raise UserError(f"{where}: {name} is missing or of the wrong type; it was altered.")
+    return value
+
+
+def _fill(network: Network, weights: dict[str, torch.Tensor], path: Path) -> None:
+    """Loads the weights; raises UserError unless they are exactly those of the network."""
+    wanted = network.state_dict()
+    if set(weights) != set(wanted):
+        odd = sorted(set(weights) ^ set(wanted))
+        raise UserError(f"The weights in {path} are not those of its model.json: {odd[0]} is on one side only.")
+    for name, tensor in weights.items():
+        if tensor.shape != wanted[name].shape or tensor.dtype != wanted[name].dtype:
+            raise UserError(
+                f"The weights in {path} are not those of its model.json: {name} is {tuple(tensor.shape)} "
+                f"{tensor.dtype}, not {tuple(wanted[name].shape)} {wanted[name].dtype}."
+            )
+    network.load_state_dict(weights)
