@@ -18,10 +18,11 @@ from record import measured_commit, write_result
 from dynaconv.arguments import parse_training
 from dynaconv.data.batches import Batches
 from dynaconv.device import keep_freed_memory, pick_device, use_threads
-from dynaconv.experiment import build_model, load_training_data, training_batches
+from dynaconv.experiment import load_training_data
 from dynaconv.judging.evaluate import evaluate
 from dynaconv.recipe import Recipe
 from dynaconv.training.loop import Epoch, fit
+from dynaconv.training.start import build_model, training_batches
 
 TRIES = Path("runs/search")
 UNAUGMENTED = 5000
@@ -48,14 +49,14 @@ def attempt(name: str, words: list[str], recipe: Recipe) -> dict[str, object]:
     use_threads(recipe.train.threads)
     data = load_training_data(recipe, device, print)
     started = time.perf_counter()
-    model = build_model(recipe, data, device)
+    model = build_model(recipe, data.train, device)
 
     def report(epoch: Epoch) -> None:
         print(f"{time.perf_counter() - started:6.0f} s  {epoch.line(recipe.train.epochs)}", flush=True)
 
     history = fit(
         model,
-        training_batches(recipe, data),
+        training_batches(recipe, data.train),
         Batches(data.validation, recipe.evaluate.evaluation_batch_size, recipe.augment),
         recipe,
         device,

@@ -18,12 +18,13 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dynaconv.data.batches import Batches
 from dynaconv.device import computing_in, keep_freed_memory, pick_device, pick_precision, use_threads
-from dynaconv.experiment import build_model, load_training_data
+from dynaconv.experiment import load_training_data
 from dynaconv.model.network import build_network
 from dynaconv.recipe import Recipe, sizes_of_epochs, with_settings
 from dynaconv.recipes import RECIPES
 from dynaconv.training.loop import training_epoch
 from dynaconv.training.optim import build_optimizer
+from dynaconv.training.start import build_model
 
 ROUNDS = 3
 IMAGES = 3000
@@ -87,7 +88,7 @@ def seconds_per_image(recipe: Recipe, plain: bool) -> dict[str, float]:
     use_threads(recipe.train.threads)
     device = pick_device(recipe.train.device)
     data = load_training_data(with_settings(recipe, source="cifar10"), device, print)
-    model = build_model(recipe, data, device)
+    model = build_model(recipe, data.train, device)
     optimizer = build_optimizer(model, recipe.optim)
     criterion = torch.nn.CrossEntropyLoss(label_smoothing=recipe.optim.label_smoothing)
     seconds = {}

@@ -20,7 +20,7 @@ FLOORS = {
     "training": 2,
     "judging": 3,
     "reporting": 4,
-    **dict.fromkeys(["experiment", "shipping"], 5),
+    **dict.fromkeys(["experiment", "label_search", "shipping"], 5),
     **dict.fromkeys(["recipes", "arguments", "terminal", "cli", "__main__"], 6),
 }
 """The floor of every part, a part being a module of the package or a folder of modules."""

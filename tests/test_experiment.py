@@ -15,6 +15,7 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 
 import dynaconv.experiment
 from dynaconv.cli import main
+from dynaconv.data.sources import options_of
 from dynaconv.errors import UserError, WorkError
 from dynaconv.experiment import run_experiment
 from dynaconv.model.network import build_network
@@ -90,7 +91,7 @@ def test_stored_weights_are_those_that_were_judged(finished):
     assert about["classes"] == [str(digit) for digit in range(10)]
     model = build_network(run.read_recipe().model, about["channels"], len(about["classes"]), about["image_size"])
     model.load_state_dict(run.read_weights())
-    options = dynaconv.experiment.source_options(SMALL, lambda line: None)
+    options = options_of(SMALL.data)
     test = dynaconv.experiment.load_images("digits", "test", options).with_classes(tuple(about["classes"]))
     assert dynaconv.experiment.evaluate(model, test, SMALL).accuracy == result["test_accuracy"]
 
@@ -156,7 +157,7 @@ def test_fewer_images_than_a_batch(tmp_path):
 @pytest.mark.parametrize(("bad_epoch", "kept"), [(1, "The untrained weights"), (3, "The weights of epoch 2")])
 def test_nan_keeps_the_last_good_weights(tmp_path, monkeypatch, bad_epoch, kept):
     model_of = {}
-    build = dynaconv.experiment.build_network
+    build = dynaconv.experiment.build_model
 
     def spy_build(*arguments, **more):
         model_of["run"] = build(*arguments, **more)
@@ -173,7 +174,7 @@ def test_nan_keeps_the_last_good_weights(tmp_path, monkeypatch, bad_epoch, kept)
         sick = model_of["run"].training and calls == (bad_epoch - 1) * steps_an_epoch + 5
         return cross_entropy(logits, labels) * (math.nan if sick else 1)
 
-    monkeypatch.setattr(dynaconv.experiment, "build_network", spy_build)
+    monkeypatch.setattr(dynaconv.experiment, "build_model", spy_build)
     monkeypatch.setattr(torch.nn.CrossEntropyLoss, "forward", sick_loss)
     with pytest.raises(WorkError) as error:
         run_experiment(SMALL, tmp_path / "run", lambda line: None)

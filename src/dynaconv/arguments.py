@@ -1,4 +1,4 @@
-"""From the words of `dynaconv train` to a Recipe. Imports no torch, so that a mistake is told at once."""
+"""From the words of a verb that trains to a Recipe. Imports no torch, so that a mistake is told at once."""
 
 import contextlib
 import dataclasses
@@ -6,7 +6,7 @@ import io
 import itertools
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import tyro
 
@@ -15,6 +15,8 @@ from dynaconv.recipe import GROUPS, Recipe, with_settings
 from dynaconv.recipe_json import load_recipe
 from dynaconv.recipes import DEFAULT, RECIPES
 
+LABEL_EPOCHS = 4
+"""Epochs of the trainings that judge labels: enough to know a class, too few to learn a wrong label by heart."""
 RUN_DIR_HELP = "Folder of the run, which must not exist yet. None takes runs/RECIPE-TIME."
 
 
@@ -33,30 +35,81 @@ def parse_training(words: list[str]) -> tuple[Recipe, Path | None]:
     """
     words = [_spell_out(word) for word in words]
     base = find_recipe(words.pop(0)) if words and not words[0].startswith("-") else RECIPES[DEFAULT]()
-    _check_names(words)
-    fields = [("run_dir", Annotated[Path | None, tyro.conf.arg(help=RUN_DIR_HELP)], dataclasses.field(default=None))]
-    fields += [(name, kind, dataclasses.field(default=getattr(base, name))) for name, kind in GROUPS.items()]
+    description = (
+        f"Trains a classifier. RECIPE is one of {', '.join(RECIPES)}, or a run's recipe.json. "
+        f"The defaults shown are those of {base.name}."
+    )
+    recipe, parsed = _parse(words, "train [RECIPE]", description, base, _option(Path | None, "run_dir", RUN_DIR_HELP))
+    return recipe, parsed.run_dir
+
+
+def parse_labels(words: list[str]) -> tuple[Recipe, Any]:
+    """Parses SOURCE [--folds N] [--most N] [--into DIR] [--SETTING VALUE ...].
+
+    Args:
+        words: What follows `labels` on the command line.
+
+    Returns:
+        The recipe of the trainings, and an object with the attributes folds, most and into.
+
+    Raises:
+        As `parse_training`, and UserError where no source is named.
+    """
+    words = [_spell_out(word) for word in words]
+    if words and not words[0].startswith("-"):
+        words = ["--source", *words]
+    elif "--help" not in words and "-h" not in words:
+        raise UserError("`dynaconv labels` needs a source of images: dynaconv labels my-pictures.")
+    base = with_settings(RECIPES["fast92"](), epochs=LABEL_EPOCHS)
+    description = (
+        "Finds training images whose label networks dispute that never saw them, and writes them to a CSV file and a "
+        "picture. `dynaconv train --without FILE.csv` leaves them out."
+    )
+    recipe, parsed = _parse(
+        words,
+        "labels SOURCE",
+        description,
+        base,
+        _option(int, "folds", "Networks to train, each judging the images that it did not see; 2 to 20.", 3),
+        _option(int, "most", "Images to write at most, the most doubtful first; at least 1.", 1000),
+        _option(Path, "into", "Folder that is made for the results, and must not hold any yet.", Path("label-errors")),
+    )
+    if not 2 <= parsed.folds <= 20:
+        raise UserError(f"--folds must be from 2 to 20, received {parsed.folds}.")
+    if parsed.most < 1:
+        raise UserError(f"--most must be at least 1, received {parsed.most}.")
+    return recipe, parsed
+
+
+def _option(kind: Any, name: str, told: str, default: Any = None) -> tuple[str, Any, Any]:
+    """Describes an option of a verb that is no setting of a recipe."""
+    return name, Annotated[kind, tyro.conf.arg(help=told)], dataclasses.field(default=default)
+
+
+def _parse(words: list[str], usage: str, description: str, base: Recipe, *options: Any) -> tuple[Recipe, Any]:
+    """Returns the settings as a recipe that starts from `base`, and an object whose attributes are the options."""
+    _check_names(words, [f"--{name.replace('_', '-')}" for name, _, _ in options])
+    groups = [(name, kind, dataclasses.field(default=getattr(base, name))) for name, kind in GROUPS.items()]
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            parsed = tyro.cli(
-                dataclasses.make_dataclass("TrainArguments", fields),
+            parsed: Any = tyro.cli(
+                dataclasses.make_dataclass("Arguments", [*options, *groups]),
                 args=words,
-                prog="dynaconv train [RECIPE]",
-                description=f"Trains a classifier. RECIPE is one of {', '.join(RECIPES)}, or a run's recipe.json. "
-                f"The defaults shown are those of {base.name}.",
+                prog=f"dynaconv {usage}",
+                description=description,
                 config=(tyro.conf.OmitArgPrefixes,),
             )
     except SystemExit as end:
         if not end.code:
             raise
-        raise UserError(_as_sentence(complaint.getvalue())) from None
+        raise UserError(_as_sentence(complaint.getvalue(), usage.split()[0])) from None
     settings = {
         field.name: getattr(getattr(parsed, group), field.name)
         for group, kind in GROUPS.items()
         for field in dataclasses.fields(kind)
     }
-    return with_settings(base, **settings), parsed.run_dir
+    return with_settings(base, **settings), parsed
 
 
 def find_recipe(name: str) -> Recipe:
@@ -83,10 +136,10 @@ def _spell_out(word: str) -> str:
     return f"{'--source' if name == '--data' else name}{equals}{value}"
 
 
-def _check_names(words: list[str]) -> None:
+def _check_names(words: list[str], options: list[str]) -> None:
     """Refuses an option that is no setting before anything else, with the nearest names."""
     settings = [field for kind in GROUPS.values() for field in dataclasses.fields(kind)]
-    known = ["--data", "--run-dir", *(f"--{field.name.replace('_', '-')}" for field in settings)]
+    known = ["--data", *options, *(f"--{field.name.replace('_', '-')}" for field in settings)]
     switched_off = [f"--no-{field.name.replace('_', '-')}" for field in settings if isinstance(field.default, bool)]
     for word in words:
         name = word.partition("=")[0]
@@ -94,7 +147,7 @@ def _check_names(words: list[str]) -> None:
             raise unknown("setting", name, [option for option in known if option != "--source"])
 
 
-def _as_sentence(box: str) -> str:
+def _as_sentence(box: str, verb: str) -> str:
     """Takes the complaint out of the frame that tyro draws around it, in our words where its own are Python's."""
     lines = [line.strip("│ ") for line in box.splitlines()[1:]]  # the first holds a title
 
@@ -107,4 +160,5 @@ def _as_sentence(box: str) -> str:
         return f"{match[1].replace('--source', '--data')} takes {kind}, received {match[3]}."
     if match := re.search(r"invalid choice '(.*)' for argument '(--\S+)'. Expected one of \((.*)\)", said):
         return f"{match[2]} takes one of {match[3].replace(chr(39), '')}, received {match[1]!r}."
-    return f"{(said or 'The arguments cannot be understood').rstrip('.')}. `dynaconv train --help` lists every setting."
+    said = (said or "The arguments cannot be understood").rstrip(".")
+    return f"{said}. `dynaconv {verb} --help` lists every setting."

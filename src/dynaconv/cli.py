@@ -22,6 +22,8 @@ Trains, judges and ships image classifiers for small images, CIFAR-10 first.
 verbs:
   train [RECIPE] [--data SOURCE] [--run-dir DIR] [--seed N] [--SETTING VALUE]
              train a classifier, judge it once on the test images, write a run
+  labels SOURCE [--folds N] [--most N] [--into DIR]
+             find training images whose label is doubtful; `train --without` leaves them out
   recipes    the named recipes, with what each costs and reaches
 
 options:
@@ -99,6 +101,26 @@ def train(words: "list[str]", people: "TextIO", started: float) -> "dict[str, An
     return result
 
 
+def labels(words: "list[str]", people: "TextIO", started: float) -> "dict[str, Any]":
+    """The verb `labels`."""
+    from dynaconv.arguments import parse_labels
+
+    recipe, options = parse_labels(words)
+    from dynaconv.label_search import search_label_errors
+    from dynaconv.terminal import display
+
+    stop_on_sigterm()
+    say, _ = display(people)
+    summary = search_label_errors(recipe, options.folds, options.most, options.into, say)
+    path = options.into / "candidates.csv"
+    say(
+        f"{summary['disputed']} of {summary['images']} labels are not the likeliest class; the {summary['written']} "
+        f"most doubtful are in {path}. Look through it, take out the rows whose label is right, and train without the "
+        f"rest: dynaconv train --without {path}"
+    )
+    return {**summary, "into": str(options.into)}
+
+
 def recipes(words: "list[str]", people: "TextIO", started: float) -> "list[dict[str, Any]]":
     """The verb `recipes`."""
     from dynaconv.recipes import RECIPES
@@ -113,7 +135,7 @@ def recipes(words: "list[str]", people: "TextIO", started: float) -> "list[dict[
     return rows
 
 
-VERBS: "dict[str, Callable[[list[str], TextIO, float], Any]]" = {"train": train, "recipes": recipes}
+VERBS: "dict[str, Callable[[list[str], TextIO, float], Any]]" = {"train": train, "labels": labels, "recipes": recipes}
 """Every verb by name: a function of the words after it, the stream for people, and the time of the start."""
 
 

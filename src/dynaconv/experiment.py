@@ -11,10 +11,10 @@ from typing import Any, Protocol
 
 import torch
 
-from dynaconv.data.augment import normalize, to_tensor
 from dynaconv.data.batches import Batches
+from dynaconv.data.exclusions import read_exclusions
 from dynaconv.data.images import ImageSet
-from dynaconv.data.sources import SourceOptions, load_images, resolve
+from dynaconv.data.sources import load_images, options_of, resolve
 from dynaconv.data.split import Split, split_stratified
 from dynaconv.device import (
     computing_in,
@@ -27,16 +27,14 @@ from dynaconv.device import (
 )
 from dynaconv.errors import UserError, WorkError
 from dynaconv.judging.evaluate import Evaluation, evaluate
-from dynaconv.model.network import Network, build_network
-from dynaconv.recipe import Recipe, sizes_of_epochs, with_settings
+from dynaconv.model.network import Network
+from dynaconv.recipe import Recipe, with_settings
 from dynaconv.reporting.events import EventWriter
 from dynaconv.reporting.figures import draw_curves, draw_grid, save_figure
 from dynaconv.rundir import RESULT, RunDir
 from dynaconv.training.budget import plan_epochs
 from dynaconv.training.loop import Batch, DivergedError, Epoch, fit
-
-STEM_IMAGES = 1000
-"""Training images from which the stem is computed: a million patches for twelve numbers each."""
+from dynaconv.training.start import build_model, training_batches
 
 
 class Track(Protocol):
@@ -76,12 +74,17 @@ def load_training_data(recipe: Recipe, device: torch.device, say: Callable[[str]
     Raises:
         UserError: the source is not there or holds what cannot be trained on.
     """
-    options = source_options(recipe, say)
+    options = options_of(recipe.data, say)
     source = resolve(recipe.data.source, options)
     images = load_images(source, "train", options)
     split = split_stratified(
         images.labels, recipe.data.validation_fraction, recipe.data.split_seed, recipe.data.max_train_images
     )
+    if recipe.data.without is not None:
+        left_out = read_exclusions(Path(recipe.data.without), images)
+        kept = split.train[~torch.isin(split.train, left_out)]
+        say(f"Left out: {len(split.train) - len(kept)} of {len(split.train)} training images ({recipe.data.without}).")
+        split = dataclasses.replace(split, train=kept)
     if len(split.train) < recipe.train.batch_size:
         raise UserError(
             f"--batch-size {recipe.train.batch_size} is more than the {len(split.train)} training images of "
@@ -94,35 +97,6 @@ def load_training_data(recipe: Recipe, device: torch.device, say: Callable[[str]
         split=split,
         sha256=images.sha256(),
     )
-
-
-def source_options(recipe: Recipe, say: Callable[[str], None]) -> SourceOptions:
-    """Returns how the recipe wants its images read."""
-    return SourceOptions(
-        image_size=recipe.data.image_size,
-        channels=recipe.data.channels,
-        on_bad_file=recipe.data.on_bad_file,
-        offline=recipe.data.offline,
-        notify=say,
-    )
-
-
-def build_model(recipe: Recipe, data: TrainingData, device: torch.device) -> Network:
-    """Makes the untrained network of a run on its device; computes its stem, if any, from the training images."""
-    _, channels, side, _ = data.train.images.shape
-    model = build_network(recipe.model, channels, len(data.train.classes), side, recipe.train.seed)
-    model.to(device)
-    if model.backbone.stem is not None:
-        # Images from all over the set: a folder of class folders is sorted by class.
-        some = data.train.images[:: max(1, len(data.train) // STEM_IMAGES)]
-        model.backbone.stem.fit(normalize(to_tensor(some), recipe.augment))
-    return model
-
-
-def training_batches(recipe: Recipe, data: TrainingData) -> Batches:
-    """Returns the batches that the recipe trains on: shuffled, augmented, scaled as each epoch wants it."""
-    sizes = sizes_of_epochs(recipe, recipe.train.epochs, data.train.images.shape[-1])
-    return Batches(data.train, recipe.train.batch_size, recipe.augment, recipe.train.seed, sizes)
 
 
 def run_experiment(
@@ -160,7 +134,7 @@ def run_experiment(
     data = load_training_data(recipe, device, say)
     recipe = with_settings(recipe, source=data.source)
     training_started = time.time()
-    model = build_model(recipe, data, device)
+    model = build_model(recipe, data.train, device)
     if recipe.train.budget is not None:
         with computing_in(precision, device):
             recipe = plan_epochs(recipe, model, data.train, len(data.validation), device, say)
@@ -193,7 +167,7 @@ def _judge(
     With test-time augmentation, there is a second evaluation of either split, its name continued by "_tta".
     """
     # What there was to say about the source was said when its training images were read.
-    options = source_options(recipe, lambda notice: None)
+    options = options_of(recipe.data)
     device = data.validation.images.device
     test_images = load_images(data.source, "test", options).with_classes(data.train.classes).to(device)
     started = time.time()
@@ -279,7 +253,7 @@ def _train(
 ) -> list[Epoch]:
     """Fits the model, and writes metrics and weights after every epoch."""
     epochs = recipe.train.epochs
-    training = training_batches(recipe, data)
+    training = training_batches(recipe, data.train)
     validation = Batches(data.validation, recipe.evaluate.evaluation_batch_size, recipe.augment)
     finished = 0
     started = time.time()

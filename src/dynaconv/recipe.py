@@ -60,6 +60,9 @@ class DataSettings:
     """What a file that cannot be read does: stop before any work, or be left out and named."""
     max_train_images: int | None = None
     """Use only this many training images, the same share of every class; None uses all. For short trials."""
+    without: str | None = None
+    """A CSV file with a column `index`, as `dynaconv labels` writes it: training images to leave out. Images that are
+    held out for validation stay, so that runs with and without can be compared."""
     offline: bool = False
     """Never look anything up on the network. `HF_HUB_OFFLINE=1` does the same."""
 

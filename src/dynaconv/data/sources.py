@@ -24,6 +24,7 @@ from dynaconv.data.pictures import (
     ignore,
 )
 from dynaconv.errors import UserError, unknown
+from dynaconv.recipe import DataSettings
 
 NAMED = ("cifar10", "digits", "auto")
 _OTHER_FORMS = "a folder of class folders, a .parquet, .csv or .npz file, or hf:OWNER/NAME"
@@ -47,6 +48,17 @@ class SourceOptions:
     """Look nothing up on the network."""
     notify: Notify = ignore
     """Receives notices for people."""
+
+
+def options_of(settings: DataSettings, notify: Notify = ignore) -> SourceOptions:
+    """Returns how the settings want their images read; `notify` receives notices for people."""
+    return SourceOptions(
+        image_size=settings.image_size,
+        channels=settings.channels,
+        on_bad_file=settings.on_bad_file,
+        offline=settings.offline,
+        notify=notify,
+    )
 
 
 def resolve(source: str, options: SourceOptions) -> str:

@@ -54,6 +54,26 @@ def draw_grid(
         title: Line above the grid.
         columns: Pictures in a row.
     """
+    wrong = [guess != truth for guess, truth in zip(predicted, actual, strict=True)]
+    captions = [
+        f"{'✗ WRONG' if is_wrong else '✓'}\npredicted {guess}\nactual {truth}"
+        for guess, truth, is_wrong in zip(predicted, actual, wrong, strict=True)
+    ]
+    return draw_pictures(images, captions, title, columns, wrong)
+
+
+def draw_pictures(
+    images: torch.Tensor, captions: Sequence[str], title: str, columns: int, framed: Sequence[bool] = ()
+) -> Figure:
+    """Draws pictures in rows, each below its caption.
+
+    Args:
+        images: (N, C, H, W) uint8, at least one.
+        captions: N texts.
+        title: Line above the grid.
+        columns: Pictures in a row.
+        framed: N times whether a picture gets a thick, broken frame; empty for none.
+    """
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
     figure = Figure(figsize=(2.1 * columns, 2.45 * rows + 0.5), layout="constrained")
@@ -62,16 +82,15 @@ def draw_grid(
     for axes in grid:
         axes.set(xticks=[], yticks=[])
         axes.axis("off")
-    for axes, image, guess, truth in zip(grid, images.cpu(), predicted, actual, strict=False):
-        right = guess == truth
+    frames = framed or [False] * len(images)
+    for axes, image, caption, is_framed in zip(grid, images.cpu(), captions, frames, strict=False):
         axes.axis("on")
         pixels = image.permute(1, 2, 0).expand(-1, -1, 3) if image.shape[0] == 1 else image.permute(1, 2, 0)
         axes.imshow(pixels.numpy(), interpolation="nearest")
-        colour = TRAINING if right else VALIDATION
-        mark = "✓" if right else "✗ WRONG"
-        axes.set_title(f"{mark}\npredicted {guess}\nactual {truth}", fontsize=8, color="black")
+        axes.set_title(caption, fontsize=8, color="black")
         for spine in axes.spines.values():
-            spine.set(color=colour, linewidth=1 if right else 4, linestyle="-" if right else (0, (2, 1)))
+            colour = VALIDATION if is_framed else TRAINING
+            spine.set(color=colour, linewidth=4 if is_framed else 1, linestyle=(0, (2, 1)) if is_framed else "-")
     return figure
 
 
