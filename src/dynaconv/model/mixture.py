@@ -12,7 +12,7 @@ import torch
 from torch.nn import functional
 
 from dynaconv.model.layout import convolve_places, lies_by_place
-from dynaconv.model.winograd import convolve, convolve_mixed
+from dynaconv.model.winograd import convolve, convolve_mixed, share_of_products
 
 Form = Literal["literal", "concatenated", "grouped", "patches", "winograd"]
 
@@ -142,8 +142,9 @@ def choose_form(kernel_sizes: Sequence[int], outputs: int, inputs: torch.Tensor)
     The rule is what `benchmarks/mixture.py` measured in float32 on two CPU cores, with one direct convolution as the
     unit. The literal form costs the area of all kernels over that of the largest. The grouped form costs one
     convolution and the mixing of the kernels, which weighs the more, the fewer places a kernel is used at; on a single
-    image it always wins. Winograd's costs a part of the literal one where channels are many, in training only: the
-    backward pass gains the most. The images themselves, with three channels or one, go through patches.
+    image it always wins. Winograd's costs its transforms and a part of the literal one, the smaller, the wider the
+    block, in training only: the backward pass gains the most. The images themselves, with three channels or one, go
+    through patches.
     """
     images, channels, height, width = inputs.shape
     if inputs.device.type == "cpu" and channels <= 3 and not inputs.requires_grad:
@@ -160,9 +161,12 @@ def choose_form(kernel_sizes: Sequence[int], outputs: int, inputs: torch.Tensor)
     # Winograd's transforms need the digits that half precision lacks.
     whole = inputs.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(inputs.device.type)
     traced = torch.compiler.is_compiling()
-    if min(channels, outputs) >= 64 and torch.is_grad_enabled() and whole and not traced:
-        share = 0.5 + 16 / min(channels, outputs)  # of a direct 3x3 convolution: wide blocks hide the transforms
-        costs["winograd"] = sum(side**2 * (share if side == 3 else 1) for side in kernel_sizes) / area
+    narrow = min(channels, outputs)
+    if narrow >= 64 and torch.is_grad_enabled() and whole and not traced:
+        # The transforms once, then a matrix product per 3x3 kernel, which is the slower the narrower it is.
+        product = share_of_products(height, width) * (1.4 + 90 / narrow)
+        others = sum(side**2 for side in kernel_sizes if side != 3) / area
+        costs["winograd"] = 32 / narrow + product * sum(side == 3 for side in kernel_sizes) * 9 / area + others
     return min(costs, key=costs.__getitem__)
 
 
