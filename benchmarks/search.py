@@ -21,7 +21,7 @@ from dynaconv.device import keep_freed_memory, pick_device, use_threads
 from dynaconv.experiment import load_training_data
 from dynaconv.judging.evaluate import evaluate
 from dynaconv.recipe import Recipe
-from dynaconv.training.loop import Epoch, fit
+from dynaconv.training.fit import Epoch, fit
 from dynaconv.training.start import build_model, training_batches
 
 TRIES = Path("runs/search")

@@ -33,7 +33,8 @@ from dynaconv.reporting.events import EventWriter
 from dynaconv.reporting.figures import draw_curves, draw_grid, save_figure
 from dynaconv.rundir import RESULT, RunDir
 from dynaconv.training.budget import plan_epochs
-from dynaconv.training.loop import Batch, DivergedError, Epoch, fit
+from dynaconv.training.fit import Epoch, fit
+from dynaconv.training.loop import Batch, DivergedError
 from dynaconv.training.start import build_model, training_batches
 
 

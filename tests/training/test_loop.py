@@ -8,7 +8,8 @@ from torch import nn
 
 from dynaconv.errors import WorkError
 from dynaconv.recipe import Recipe, with_settings
-from dynaconv.training.loop import DivergedError, Parts, fit, training_epoch, validation_epoch
+from dynaconv.training.fit import fit
+from dynaconv.training.loop import DivergedError, EpochState, Parts, Sums, training_epoch, validation_epoch
 
 CPU = torch.device("cpu")
 
@@ -148,9 +149,9 @@ def test_a_batch_that_does_not_fit_is_halved_and_the_update_stays(error):
     for most in (1000, 4):
         model = _SmallMemory(most, error)
         optimizer = torch.optim.Adam(model.parameters(), lr=0.1)
-        parts = Parts(say=notices.append)
+        state = EpochState(Sums(CPU), parts=Parts(say=notices.append))
         average = training_epoch(
-            model, cut(images, labels, 12), nn.CrossEntropyLoss(), optimizer, CPU, accumulation_steps=1, parts=parts
+            model, cut(images, labels, 12), nn.CrossEntropyLoss(), optimizer, CPU, accumulation_steps=1, state=state
         )
         outcomes.append((average.loss, *(parameter.detach() for parameter in model.parameters())))
     for whole, halved in zip(*outcomes, strict=True):

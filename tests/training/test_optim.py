@@ -87,3 +87,20 @@ def test_the_linear_schedule_falls_with_every_update_and_ends_at_zero():
     expected = [[0.4 * (1 - step / 6), 0.1 * (1 - step / 6)] for step in range(6)]
     assert rates == [pytest.approx(pair) for pair in expected]
     assert [group["lr"] for group in optimizer.param_groups] == [0, 0]
+
+
+def test_the_cosine_schedule_is_torchs():
+    settings = OptimSettings(learning_rate=0.1)
+    rates = []
+    for make in (
+        lambda optimizer: Schedule(optimizer, settings, epochs=7, steps=3).end_epoch,
+        lambda optimizer: torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=7).step,
+    ):
+        optimizer = torch.optim.SGD([torch.zeros(1, requires_grad=True)], lr=0.1)
+        advance = make(optimizer)
+        rates.append([])
+        for _ in range(7):
+            optimizer.step()
+            advance()
+            rates[-1].append(optimizer.param_groups[0]["lr"])
+    assert rates[0] == pytest.approx(rates[1], abs=1e-12)

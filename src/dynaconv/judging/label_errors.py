@@ -19,7 +19,7 @@ from dynaconv.errors import UserError
 from dynaconv.files import writing_whole
 from dynaconv.judging.evaluate import evaluate
 from dynaconv.recipe import Recipe, with_settings
-from dynaconv.training.loop import fit
+from dynaconv.training.fit import fit
 from dynaconv.training.start import build_model, training_batches
 
 COLUMNS = ("index", "label", "predicted", "margin", "probability_of_label", "probability_of_predicted", "data")

@@ -108,22 +108,33 @@ def build_optimizer(model: nn.Module, settings: OptimSettings) -> torch.optim.Op
 
 
 class Schedule:
-    """Lowers the rates of an optimiser to zero over a training, each in proportion."""
+    """Lowers the rates of an optimiser to zero over a training, each in proportion.
+
+    Where it stands is one number, so that a training can go on from anywhere.
+    """
 
     def __init__(self, optimizer: torch.optim.Optimizer, settings: OptimSettings, epochs: int, steps: int) -> None:
         """Prepares for `epochs` epochs of `steps` updates each; the linear schedule follows the updates by itself."""
+        self._optimizer = optimizer
+        self._rates: list[float] = [group["lr"] for group in optimizer.param_groups]
         self._by_epoch = settings.schedule == "cosine"
-        if self._by_epoch:
-            self._schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=epochs)
-        else:
-            total = epochs * steps
-            self._schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: max(0.0, 1 - step / total))
+        self._last = epochs if self._by_epoch else epochs * steps
+        self.place = 0
+        if not self._by_epoch:
             optimizer.register_step_post_hook(self._follow)
 
     def end_epoch(self) -> None:
         """Must be called after every epoch."""
         if self._by_epoch:
-            self._schedule.step()
+            self.go_to(self.place + 1)
+
+    def go_to(self, place: int) -> None:
+        """Sets the rates of a place: the epochs that have ended for a cosine, the updates for a line."""
+        self.place = place
+        share = min(1.0, place / self._last)
+        factor = (1 + math.cos(math.pi * share)) / 2 if self._by_epoch else 1 - share
+        for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
+            group["lr"] = rate * factor
 
     def _follow(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
-        self._schedule.step()
+        self.go_to(self.place + 1)

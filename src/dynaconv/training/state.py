@@ -1,0 +1,69 @@
+"""The state of a training between two updates: everything that the rest of it depends on, as tensors and plain facts.
+
+The order of the images and their augmentation are functions of the seed and the epoch (data/batches.py), so that no
+generator's history belongs to it.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+
+from dynaconv.errors import UserError
+from dynaconv.training.optim import Schedule
+
+
+@dataclass(frozen=True)
+class State:
+    """A training between two updates.
+
+    Attributes:
+        tensors: Weights and running statistics under "model/NAME", the optimiser's under "optimizer/INDEX/NAME".
+        facts: What is no tensor, as plain JSON values: how far the training is, the schedule, the finished epochs.
+    """
+
+    tensors: dict[str, torch.Tensor]
+    facts: dict[str, Any]
+
+
+def take_state(
+    model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Schedule, progress: dict[str, Any]
+) -> State:
+    """Copies the state of a training; `progress` goes into its facts as it is."""
+    tensors = {f"model/{name}": tensor.detach().cpu().clone() for name, tensor in model.state_dict().items()}
+    counts: dict[str, dict[str, int]] = {}
+    for index, parameter in enumerate(_parameters(optimizer)):
+        for name, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, torch.Tensor):
+                tensors[f"optimizer/{index}/{name}"] = value.detach().cpu().clone()
+            else:
+                counts.setdefault(str(index), {})[name] = value
+    return State(tensors, {**progress, "optimizer": counts, "schedule": schedule.place})
+
+
+def put_back(state: State, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Schedule) -> None:
+    """Makes model, optimiser and schedule, all fresh, those of the state.
+
+    Raises:
+        UserError: the state is that of another network or optimiser.
+    """
+    try:
+        weights = {name.removeprefix("model/"): t for name, t in state.tensors.items() if name.startswith("model/")}
+        model.load_state_dict(weights)
+        for index, parameter in enumerate(_parameters(optimizer)):
+            start = f"optimizer/{index}/"
+            found = {name.removeprefix(start): t for name, t in state.tensors.items() if name.startswith(start)}
+            for name, tensor in found.items():
+                optimizer.state[parameter][name] = tensor.clone().to(parameter.device)
+            for name, value in state.facts["optimizer"].get(str(index), {}).items():
+                optimizer.state[parameter][name] = value
+        schedule.go_to(state.facts["schedule"])
+    except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
+        raise UserError(
+            f"The stored state does not fit the run's recipe ({error}); one of them was altered."
+        ) from error
+
+
+def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
+    return [parameter for group in optimizer.param_groups for parameter in group["params"]]
