@@ -18,11 +18,10 @@ from record import measured_commit, write_result
 from dynaconv.arguments import parse_training
 from dynaconv.data.batches import Batches
 from dynaconv.device import keep_freed_memory, pick_device, use_threads
-from dynaconv.experiment import load_training_data
 from dynaconv.judging.evaluate import evaluate
 from dynaconv.recipe import Recipe
 from dynaconv.training.fit import Epoch, fit
-from dynaconv.training.start import build_model, training_batches
+from dynaconv.training.start import build_model, load_training_data, training_batches
 
 TRIES = Path("runs/search")
 UNAUGMENTED = 5000

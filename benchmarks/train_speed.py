@@ -18,13 +18,12 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from dynaconv.data.batches import Batches
 from dynaconv.device import computing_in, keep_freed_memory, pick_device, pick_precision, use_threads
-from dynaconv.experiment import load_training_data
 from dynaconv.model.network import build_network
 from dynaconv.recipe import Recipe, sizes_of_epochs, with_settings
 from dynaconv.recipes import RECIPES
 from dynaconv.training.loop import training_epoch
 from dynaconv.training.optim import build_optimizer
-from dynaconv.training.start import build_model
+from dynaconv.training.start import build_model, load_training_data
 
 ROUNDS = 3
 IMAGES = 3000

@@ -15,8 +15,8 @@ from dynaconv.recipes import RECIPES
 def test_settings_arrive_in_the_recipe():
     words = ["coursework", "--data", "digits", "--run-dir", "a b", "--widths", "8", "16", "--num-convolutions", "2"]
     words += ["--pool-after", "1", "--learning_rate=0.01", "--image-size", "16", "--offline"]
-    recipe, folder = parse_training(words)
-    assert folder == Path("a b")
+    recipe, options = parse_training(words)
+    assert options.run_dir == Path("a b")
     assert recipe == with_settings(
         RECIPES["coursework"](),
         source="digits",
@@ -35,7 +35,9 @@ def test_a_switch_of_a_recipe_can_be_turned_off():
 
 
 def test_without_arguments_the_default_recipe():
-    assert parse_training([]) == (RECIPES["coursework"](), None)
+    recipe, options = parse_training([])
+    assert recipe == RECIPES["coursework"]()
+    assert (options.run_dir, options.check_resume, options.check_repeat) == (None, False, False)
 
 
 def test_a_stored_recipe_is_the_base_that_settings_change(tmp_path):

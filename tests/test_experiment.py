@@ -2,11 +2,6 @@
 
 import json
 import math
-import os
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -64,6 +59,7 @@ def test_lines(finished):
 def test_folder(finished):
     run, _, result = finished
     assert sorted(path.name for path in run.path.iterdir()) == [
+        ".lock",
         "environment.json",
         "figures",
         "metrics.jsonl",
@@ -196,31 +192,6 @@ def test_nan_is_exit_code_1(tmp_path, monkeypatch, capsys):
     )
     assert main(["train", "--data", "digits", "--run-dir", "run", "--epochs", "1"]) == 1
     assert capsys.readouterr().err.startswith("dynaconv: The loss became nan at step 1 of epoch 1. The untrained")
-
-
-@pytest.mark.parametrize("name", [signal.SIGINT, signal.SIGTERM])
-def test_stopping_keeps_what_is_finished(tmp_path, name):
-    command = ["train", "--data", "digits", "--epochs", "1000", "--widths", "8", "--num-convolutions", "2"]
-    process = subprocess.Popen(
-        [sys.executable, "-m", "dynaconv.cli", *command, "--pool-after", "--run-dir", "run", "--threads", "1"],
-        cwd=tmp_path,
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        env={**os.environ, "HF_HUB_OFFLINE": "1"},
-    )
-    deadline = time.monotonic() + 60
-    metrics = tmp_path / "run" / "metrics.jsonl"
-    while not metrics.exists() or metrics.read_text().count("\n") < 2:
-        assert time.monotonic() < deadline
-        time.sleep(0.05)
-    process.send_signal(name)
-    output, errors = process.communicate(timeout=30)
-    assert process.returncode == 130, errors
-    assert "Traceback" not in errors
-    finished = len(metrics.read_text().splitlines())
-    assert f"the weights of epoch {finished} are kept in run." in output
-    assert RunDir.open(tmp_path / "run").read_weights()
 
 
 def test_json_is_one_document_and_all_else_goes_to_stderr(tmp_path, monkeypatch, capsys):

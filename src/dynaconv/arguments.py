@@ -5,6 +5,7 @@ import dataclasses
 import io
 import itertools
 import re
+import sys
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -17,17 +18,19 @@ from dynaconv.recipes import DEFAULT, RECIPES
 
 LABEL_EPOCHS = 4
 """Epochs of the trainings that judge labels: enough to know a class, too few to learn a wrong label by heart."""
+CHECK_HELP = "Instead of a run, a proof in a few updates on this machine: that a training %s, bit for bit."
 RUN_DIR_HELP = "Folder of the run, which must not exist yet. None takes runs/RECIPE-TIME."
 
 
-def parse_training(words: list[str]) -> tuple[Recipe, Path | None]:
-    """Parses [RECIPE] [--run-dir DIR] [--data SOURCE] [--SETTING VALUE ...].
+def parse_training(words: list[str]) -> tuple[Recipe, Any]:
+    """Parses [RECIPE] [--run-dir DIR] [--check-resume] [--check-repeat] [--data SOURCE] [--SETTING VALUE ...].
 
     Args:
         words: What follows `train` on the command line.
 
     Returns:
-        The complete recipe, and the run's folder if one was named.
+        The complete recipe, and an object with the attributes run_dir (None if not named), check_resume and
+        check_repeat.
 
     Raises:
         UserError: a recipe or a setting that does not exist, or a value that cannot be.
@@ -39,8 +42,15 @@ def parse_training(words: list[str]) -> tuple[Recipe, Path | None]:
         f"Trains a classifier. RECIPE is one of {', '.join(RECIPES)}, or a run's recipe.json. "
         f"The defaults shown are those of {base.name}."
     )
-    recipe, parsed = _parse(words, "train [RECIPE]", description, base, _option(Path | None, "run_dir", RUN_DIR_HELP))
-    return recipe, parsed.run_dir
+    return _parse(
+        words,
+        "train [RECIPE]",
+        description,
+        base,
+        _option(Path | None, "run_dir", RUN_DIR_HELP),
+        _option(bool, "check_resume", CHECK_HELP % "that was stopped goes on as if it never was", False),
+        _option(bool, "check_repeat", CHECK_HELP % "repeats", False),
+    )
 
 
 def parse_labels(words: list[str]) -> tuple[Recipe, Any]:
@@ -79,6 +89,22 @@ def parse_labels(words: list[str]) -> tuple[Recipe, Any]:
     if parsed.most < 1:
         raise UserError(f"--most must be at least 1, received {parsed.most}.")
     return recipe, parsed
+
+
+def parse_resume(words: list[str]) -> Path:
+    """Parses DIR, the folder of a run; raises UserError for anything else, and SystemExit after --help was printed."""
+    example = "dynaconv resume runs/first"
+    if "--help" in words or "-h" in words:
+        sys.stdout.write(
+            f"usage: {example}\n\nGoes on with a run that was stopped, with all the settings that it began with.\n"
+        )
+        raise SystemExit(0)
+    if not words:
+        raise UserError(f"`dynaconv resume` needs the folder of a run: {example}.")
+    if len(words) > 1 or words[0].startswith("-"):
+        extra = next((word for word in words if word.startswith("-")), words[-1])
+        raise UserError(f"`dynaconv resume` takes the folder of a run and nothing else, received {extra!r}.")
+    return Path(words[0])
 
 
 def _option(kind: Any, name: str, told: str, default: Any = None) -> tuple[str, Any, Any]:

@@ -24,6 +24,8 @@ verbs:
              train a classifier, judge it once on the test images, write a run
   labels SOURCE [--folds N] [--most N] [--into DIR]
              find training images whose label is doubtful; `train --without` leaves them out
+  resume DIR
+             go on with a run that was stopped, to the result of one that never was
   recipes    the named recipes, with what each costs and reaches
 
 options:
@@ -84,21 +86,43 @@ def train(words: "list[str]", people: "TextIO", started: float) -> "dict[str, An
     """The verb `train`."""
     from dynaconv.arguments import parse_training
 
-    recipe, run_dir = parse_training(words)
-    from dynaconv.experiment import run_experiment
+    recipe, options = parse_training(words)
+    from dynaconv.experiment import check_training, run_experiment
     from dynaconv.terminal import display
 
     stop_on_sigterm()
     say, track = display(people)
-    result = run_experiment(recipe, run_dir, say, track, started)
+    if options.check_resume or options.check_repeat:
+        return check_training(recipe, options.check_resume, options.check_repeat, say)
+    result = run_experiment(recipe, options.run_dir, say, track, started)
+    say(_tell(result))
+    return result
+
+
+def resume(words: "list[str]", people: "TextIO", started: float) -> "dict[str, Any]":
+    """The verb `resume`."""
+    from dynaconv.arguments import parse_resume
+
+    path = parse_resume(words)
+    from dynaconv.experiment import resume_experiment
+    from dynaconv.terminal import display
+
+    stop_on_sigterm()
+    say, track = display(people)
+    result = resume_experiment(path, say, track, started)
+    say(_tell(result))
+    return result
+
+
+def _tell(result: "dict[str, Any]") -> str:
+    """The line that a run ends with."""
     held_out = result["validation_accuracy"]
     validation = " (no image was held out for validation)" if held_out is None else f" (validation {held_out:.4f})"
     averaged = f", {result['test_accuracy_tta']:.4f} with TTA" if "test_accuracy_tta" in result else ""
-    say(
+    return (
         f"Test accuracy {result['test_accuracy']:.4f}{averaged} on {result['test_images']} images, read once"
         f"{validation}. Curves and pictures: {result['run_dir']}/figures"
     )
-    return result
 
 
 def labels(words: "list[str]", people: "TextIO", started: float) -> "dict[str, Any]":
@@ -135,7 +159,12 @@ def recipes(words: "list[str]", people: "TextIO", started: float) -> "list[dict[
     return rows
 
 
-VERBS: "dict[str, Callable[[list[str], TextIO, float], Any]]" = {"train": train, "labels": labels, "recipes": recipes}
+VERBS: "dict[str, Callable[[list[str], TextIO, float], Any]]" = {
+    "train": train,
+    "labels": labels,
+    "resume": resume,
+    "recipes": recipes,
+}
 """Every verb by name: a function of the words after it, the stream for people, and the time of the start."""
 
 

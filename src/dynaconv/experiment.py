@@ -12,10 +12,8 @@ from typing import Any, Protocol
 import torch
 
 from dynaconv.data.batches import Batches
-from dynaconv.data.exclusions import read_exclusions
 from dynaconv.data.images import ImageSet
-from dynaconv.data.sources import load_images, options_of, resolve
-from dynaconv.data.split import Split, split_stratified
+from dynaconv.data.sources import load_images, options_of
 from dynaconv.device import (
     computing_in,
     describe_environment,
@@ -28,14 +26,17 @@ from dynaconv.device import (
 from dynaconv.errors import UserError, WorkError
 from dynaconv.judging.evaluate import Evaluation, evaluate
 from dynaconv.model.network import Network
-from dynaconv.recipe import Recipe, with_settings
+from dynaconv.recipe import Recipe, parse_duration, with_settings
 from dynaconv.reporting.events import EventWriter
 from dynaconv.reporting.figures import draw_curves, draw_grid, save_figure
 from dynaconv.rundir import RESULT, RunDir
 from dynaconv.training.budget import plan_epochs
 from dynaconv.training.fit import Epoch, fit
+from dynaconv.training.keeping import Keeper
 from dynaconv.training.loop import Batch, DivergedError
-from dynaconv.training.start import build_model, training_batches
+from dynaconv.training.proof import prove_repeat, prove_resume
+from dynaconv.training.start import TrainingData, build_model, load_training_data, training_batches
+from dynaconv.training.state import State
 
 
 class Track(Protocol):
@@ -48,56 +49,6 @@ class Track(Protocol):
 
 def _untracked(batches: Iterable[Batch], total: int) -> Iterable[Batch]:
     return batches
-
-
-@dataclass(frozen=True)
-class TrainingData:
-    """The training images of a run on its device, split.
-
-    Attributes:
-        source: The source that was read, never "auto".
-        train: Images that train.
-        validation: Images that validate.
-        split: Where both stand among the source's training images.
-        sha256: Hash of all training images of the source, before the split.
-    """
-
-    source: str
-    train: ImageSet
-    validation: ImageSet
-    split: Split
-    sha256: str
-
-
-def load_training_data(recipe: Recipe, device: torch.device, say: Callable[[str], None]) -> TrainingData:
-    """Reads the training images of the recipe's source and splits them; never opens the test split.
-
-    Raises:
-        UserError: the source is not there or holds what cannot be trained on.
-    """
-    options = options_of(recipe.data, say)
-    source = resolve(recipe.data.source, options)
-    images = load_images(source, "train", options)
-    split = split_stratified(
-        images.labels, recipe.data.validation_fraction, recipe.data.split_seed, recipe.data.max_train_images
-    )
-    if recipe.data.without is not None:
-        left_out = read_exclusions(Path(recipe.data.without), images)
-        kept = split.train[~torch.isin(split.train, left_out)]
-        say(f"Left out: {len(split.train) - len(kept)} of {len(split.train)} training images ({recipe.data.without}).")
-        split = dataclasses.replace(split, train=kept)
-    if len(split.train) < recipe.train.batch_size:
-        raise UserError(
-            f"--batch-size {recipe.train.batch_size} is more than the {len(split.train)} training images of "
-            f"{images.description}; set --batch-size {max(2, len(split.train))} or less, or add images."
-        )
-    return TrainingData(
-        source=source,
-        train=images.subset(split.train).to(device),
-        validation=images.subset(split.validation).to(device),
-        split=split,
-        sha256=images.sha256(),
-    )
 
 
 def run_experiment(
@@ -128,36 +79,155 @@ def run_experiment(
     started = time.time() if started is None else started
     path = path or Path("runs") / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     RunDir.require_free(path)
-    device = pick_device(recipe.train.device)
-    precision = pick_precision(recipe.train.precision, device, say)
-    keep_freed_memory()
-    use_threads(recipe.train.threads)
+    device, precision = _set_up(recipe, say)
     data = load_training_data(recipe, device, say)
     recipe = with_settings(recipe, source=data.source)
-    training_started = time.time()
+    clock = _Clock(started)
     model = build_model(recipe, data.train, device)
     if recipe.train.budget is not None:
         with computing_in(precision, device):
             recipe = plan_epochs(recipe, model, data.train, len(data.validation), device, say)
     run = RunDir.create(path)
-    _write_beginning(run, recipe, data, model, describe_environment(device, precision))
-    say(f"{data.train.description}: {len(data.train)} training and {len(data.validation)} validation images.")
+    with run.locked():
+        _write_beginning(run, recipe, data, model, describe_environment(device, precision))
+        say(f"{data.train.description}: {len(data.train)} training and {len(data.validation)} validation images.")
+        return _train_and_judge(_Work(run, recipe, data, model, precision, say, track, clock))
 
+
+def resume_experiment(
+    path: Path, say: Callable[[str], None] = print, track: Track = _untracked, started: float | None = None
+) -> dict[str, Any]:
+    """Goes on with a run that was stopped, from its last stored state, to the result of a run that never was.
+
+    That result is the same bit for bit on the same device, thread count and versions; where these differ, it is said.
+    Where no state was stored yet, the training starts anew, from the same seed.
+
+    Args:
+        path: Folder of the run.
+        say: Shows a line to the user.
+        track: Shows progress within an epoch.
+        started: When the process began, by `time.time()`; None for now.
+
+    Returns:
+        As `run_experiment`.
+
+    Raises:
+        UserError: there is no such run, it has ended, another process is in it, or its images are no longer the same.
+        WorkError: as in `run_experiment`.
+    """
+    started = time.time() if started is None else started
+    run = RunDir.open(path)
+    if (path / RESULT).exists():
+        raise UserError(f"The run in {path} has ended; there is nothing to go on with.")
+    with run.locked():
+        recipe = run.read_recipe()
+        device, precision = _set_up(recipe, say)
+        data = load_training_data(recipe, device, say)
+        _note_changes(run, data, describe_environment(device, precision), say)
+        model = build_model(recipe, data.train, device)
+        stored = run.read_state(say)
+        begin = State(*stored) if stored else None
+        facts: dict[str, Any] = begin.facts if begin else {"history": [], "train_seconds": 0.0}
+        run.write_metrics(facts["history"])
+        if begin:
+            say(f"Going on in epoch {facts['epoch']} of {recipe.train.epochs}, after {facts['updates']} updates.")
+        else:
+            say("No state was stored yet: the training starts anew.")
+        clock = _Clock(started, facts["train_seconds"])
+        return _train_and_judge(_Work(run, recipe, data, model, precision, say, track, clock, begin))
+
+
+def check_training(recipe: Recipe, resume: bool, repeat: bool, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Proves in a few updates that a training of the recipe can be resumed, or repeated, on this machine.
+
+    Returns:
+        What was proved, in a sentence each, under "resume" and "repeat". No run is made.
+
+    Raises:
+        UserError: as `run_experiment`.
+        WorkError: it is not so; names the first update and tensor that differ.
+    """
+    device, precision = _set_up(recipe, say)
+    images = load_training_data(recipe, device, say).train
+    proved: dict[str, Any] = {}
     with computing_in(precision, device):
-        history = _train(run, recipe, data, model, device, say, track)
-    training_seconds = time.time() - training_started
+        for name, wanted, prove in (("resume", resume, prove_resume), ("repeat", repeat, prove_repeat)):
+            if wanted:
+                proved[name] = prove(recipe, images, say)
+                say(proved[name])
+    return proved
 
-    test_images, evaluations, judging_seconds = _judge(recipe, data, model, precision)
+
+class _Clock:
+    """The times of a run, those before a stop included."""
+
+    def __init__(self, started: float, trained_before: float = 0.0) -> None:
+        """Starts the time of training now; the process began at `started`."""
+        self.started = started
+        self.training_started = time.time()
+        self.trained_before = trained_before
+
+    def trained(self) -> float:
+        """Returns the seconds of training so far."""
+        return self.trained_before + time.time() - self.training_started
+
+
+@dataclass(frozen=True)
+class _Work:
+    """A run at its beginning, or where it goes on."""
+
+    run: RunDir
+    recipe: Recipe
+    data: TrainingData
+    model: Network
+    precision: torch.dtype
+    say: Callable[[str], None]
+    track: Track
+    clock: _Clock
+    begin: State | None = None
+
+
+def _set_up(recipe: Recipe, say: Callable[[str], None]) -> tuple[torch.device, torch.dtype]:
+    """Sets threads and memory; returns where and in which number format to compute."""
+    device = pick_device(recipe.train.device)
+    keep_freed_memory()
+    use_threads(recipe.train.threads)
+    return device, pick_precision(recipe.train.precision, device, say)
+
+
+def _note_changes(run: RunDir, data: TrainingData, now: dict[str, Any], say: Callable[[str], None]) -> None:
+    """Refuses other images than those of the run's beginning; says and stores what else is not as it was then."""
+    then = run.read_json("environment.json")
+    if not isinstance(then, dict) or then.get("data_sha256") != data.sha256:
+        raise UserError(
+            f"The training images of {data.source} are not those that the run in {run.path} began with; "
+            "bring them back, or start a new run."
+        )
+    names = ("device_name", "cpu_capability", "threads", "precision", "packages")
+    changed = [name for name in names if then.get(name) != now[name]]
+    if changed:
+        say(f"Not as at the run's beginning: {', '.join(changed)}. The result may differ in its last digits.")
+    run.write_json("environment.json", {**then, "resumed": [*then.get("resumed", []), now]})
+
+
+def _train_and_judge(work: _Work) -> dict[str, Any]:
+    """Trains to the end, judges, draws, and writes the result."""
+    run, recipe, data, model = work.run, work.recipe, work.data, work.model
+    with computing_in(work.precision, data.train.images.device):
+        history = _train(work)
+    training_seconds = work.clock.trained()
+    test_images, evaluations, judging_seconds = _judge(recipe, data, model, work.precision)
     _draw(run, recipe, history, test_images, evaluations["test"])
     result = {
         **_describe_outcome(recipe, data, model, history, evaluations),
         "train_seconds": training_seconds + judging_seconds,
-        "startup_seconds": training_started - started,
-        "wall_seconds": time.time() - started,
+        "startup_seconds": work.clock.training_started - work.clock.started,
+        "wall_seconds": time.time() - work.clock.started,
         "peak_memory_bytes": peak_memory_bytes(),
     }
     run.write_json(RESULT, result)
-    return {**result, "run_dir": str(path)}
+    run.remove_state()
+    return {**result, "run_dir": str(run.path)}
 
 
 def _judge(
@@ -243,21 +313,19 @@ def _write_beginning(
     run.write_weights(model.state_dict())
 
 
-def _train(
-    run: RunDir,
-    recipe: Recipe,
-    data: TrainingData,
-    model: Network,
-    device: torch.device,
-    say: Callable[[str], None],
-    track: Track,
-) -> list[Epoch]:
-    """Fits the model, and writes metrics and weights after every epoch."""
+def _train(work: _Work) -> list[Epoch]:
+    """Fits the model, and writes metrics and weights after every epoch, and the state from time to time."""
+    run, recipe, model, say = work.run, work.recipe, work.model, work.say
     epochs = recipe.train.epochs
-    training = training_batches(recipe, data.train)
-    validation = Batches(data.validation, recipe.evaluate.evaluation_batch_size, recipe.augment)
+    device = work.data.train.images.device
+    training = training_batches(recipe, work.data.train)
+    validation = Batches(work.data.validation, recipe.evaluate.evaluation_batch_size, recipe.augment)
     finished = 0
+    if work.begin is not None:
+        finished = work.begin.facts["epoch"] - 1
+        training.epoch = finished
     started = time.time()
+    keeper = Keeper(run, parse_duration(recipe.train.checkpoint_every), work.clock.trained, say)
     say(f"Training {recipe.name} on {device} ({torch.get_num_threads()} threads) into {run.path}")
 
     def on_epoch(epoch: Epoch) -> None:
@@ -270,18 +338,21 @@ def _train(
         if epoch.epoch % recipe.train.log_every == 0 or epoch.epoch == epochs:
             say(epoch.line(epochs))
 
-    with contextlib.closing(EventWriter(run.tensorboard)) as events:
+    def kept() -> str:
+        return f"the weights of epoch {finished}" if finished else "the untrained weights"
+
+    with contextlib.closing(EventWriter(run.tensorboard)) as events, keeper.stopping_gently():
         try:
-            history = fit(model, _Tracked(training, track), validation, recipe, device, on_epoch, say)
+            tracked = _Tracked(training, work.track)
+            history = fit(model, tracked, validation, recipe, device, on_epoch, say, keeper, work.begin)
         except DivergedError as error:
-            kept = f"the weights of epoch {finished}" if finished else "the untrained weights"
             raise WorkError(
-                f"{error} of epoch {finished + 1}. {kept.capitalize()} are kept in {run.path}. "
+                f"{error} of epoch {finished + 1}. {kept().capitalize()} are kept in {run.path}. "
                 f"Try a smaller --learning-rate than {recipe.optim.learning_rate:g}."
             ) from error
         except KeyboardInterrupt:
-            kept = f"the weights of epoch {finished}" if finished else "the untrained weights"
-            say(f"Stopped in epoch {finished + 1} of {epochs}; {kept} are kept in {run.path}.")
+            say(f"Stopped in epoch {finished + 1} of {epochs}; {kept()} are kept in {run.path}.")
+            say(f"Go on with: dynaconv resume {run.path}")
             raise
     say(f"Training finished in {time.time() - started:.2f} seconds")
     return history

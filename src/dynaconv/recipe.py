@@ -28,7 +28,7 @@ def _require_count(name: str, value: int, at_least: int = 1) -> None:
     )
 
 
-def parse_duration(text: str) -> float:
+def parse_duration(text: str, setting: str = "--budget") -> float:
     """Returns the seconds of a time like 90s, 15m or 1.5h; raises UserError if it is none, or not above zero.
 
     Example:
@@ -37,7 +37,7 @@ def parse_duration(text: str) -> float:
     """
     match = re.fullmatch(r"(\d+(?:\.\d+)?)([smh])", text.strip())
     seconds = float(match[1]) * {"s": 1, "m": 60, "h": 3600}[match[2]] if match else 0.0
-    _require(seconds > 0, f"--budget takes a time above zero, as 90s, 15m or 1.5h, received {text!r}.")
+    _require(seconds > 0, f"{setting} takes a time above zero, as 90s, 15m or 1.5h, received {text!r}.")
     return seconds
 
 
@@ -240,6 +240,8 @@ class TrainSettings:
     `0.5 0.75 1` trains a third of them on images of half the side, which are cheap. Empty keeps the side."""
     seed: int = 0
     """Seed of the initial weights, the order of the images and the augmentation."""
+    checkpoint_every: str = "60s"
+    """Time between two stored states, as 30s, 5m or 1h: what a power cut costs at most. `dynaconv resume` goes on."""
     log_every: int = 1
     """Epochs between two log lines, at least 1. The last epoch is always logged."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"
@@ -257,6 +259,7 @@ class TrainSettings:
         _require_count("accumulation_steps", self.accumulation_steps)
         if self.budget is not None:
             parse_duration(self.budget)
+        parse_duration(self.checkpoint_every, "--checkpoint-every")
         for scale in self.train_scales:
             _require_range("train_scales", scale, 0.25, 1)
         _require_range("seed", self.seed, 0, 2**63 - 1)

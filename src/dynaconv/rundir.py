@@ -1,6 +1,9 @@
 """A run's folder: the only place that knows its files, their names and forms."""
 
+import contextlib
+import hashlib
 import json
+from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,6 +16,7 @@ if TYPE_CHECKING:
     import torch
 
 METRICS, WEIGHTS, RESULT = "metrics.jsonl", "model.safetensors", "result.json"
+STATE, LOCK = "state", ".lock"
 
 
 class RunDir:
@@ -109,6 +113,76 @@ class RunDir:
             return load_file(self.path / WEIGHTS)
         except (OSError, SafetensorError) as error:
             raise UserError(f"{self.path / WEIGHTS} cannot be read: {error}.") from error
+
+    def write_metrics(self, epochs: list[dict[str, Any]]) -> None:
+        """Writes metrics.jsonl anew: what a stored state does not know of is trained again."""
+        with writing_whole(self.path / METRICS) as temporary:
+            temporary.write_text("".join(json.dumps(epoch) + "\n" for epoch in epochs), encoding="utf-8")
+
+    def write_state(self, tensors: "dict[str, torch.Tensor]", facts: dict[str, Any]) -> None:
+        """Stores the state of a training under a name that holds its own hash; the last two are kept."""
+        from safetensors.torch import save
+
+        content = save(tensors, metadata={"facts": json.dumps(facts)})
+        digest = hashlib.sha256(content).hexdigest()[:16]
+        folder = self.path / STATE
+        try:
+            folder.mkdir(exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{folder} cannot be made: {error.strerror or error}.") from error
+        path = folder / f"{facts['epoch']:06d}-{facts['updates']:08d}-{digest}.safetensors"
+        with writing_whole(path) as temporary:
+            temporary.write_bytes(content)
+        # What lies further on than this state could not be read, or the training would have gone on from there.
+        newest_first = self._states()
+        place = newest_first.index(path)
+        for other in newest_first[:place] + newest_first[place + 2 :]:
+            other.unlink(missing_ok=True)
+
+    def read_state(self, say: Callable[[str], None]) -> "tuple[dict[str, torch.Tensor], dict[str, Any]] | None":
+        """Reads the newest stored state that is whole, or None; names each that is torn and passes over it."""
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        for path in self._states():
+            try:
+                content = path.read_bytes()
+                if hashlib.sha256(content).hexdigest()[:16] != path.stem.rpartition("-")[2]:
+                    raise ValueError("it is torn or was altered")
+                header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
+                return load(content), json.loads(header["__metadata__"]["facts"])
+            except (OSError, ValueError, KeyError, TypeError, RecursionError, SafetensorError) as error:
+                say(f"The stored state {path} cannot be used ({error}); the one before it is.")
+        return None
+
+    def remove_state(self) -> None:
+        """Removes all stored states: the run has ended."""
+        for path in self._states():
+            path.unlink(missing_ok=True)
+        with contextlib.suppress(OSError):  # not there, or somebody keeps something in it
+            (self.path / STATE).rmdir()
+
+    def _states(self) -> list[Path]:
+        """Stored states, the newest first."""
+        return sorted((self.path / STATE).glob("??????-????????-*.safetensors"), reverse=True)
+
+    @contextlib.contextmanager
+    def locked(self) -> Generator[None]:
+        """Keeps other processes out of the run; raises UserError if one is in it."""
+        from filelock import FileLock, Timeout
+
+        lock = FileLock(self.path / LOCK)
+        try:
+            lock.acquire(timeout=0)
+        except Timeout:
+            raise UserError(f"Another process is at work in {self.path}; wait for it, or stop it.") from None
+        except OSError as error:
+            raise UserError(f"{self.path / LOCK} cannot be made: {error.strerror or error}.") from error
+        # The file stays: removing it would let two others in, one by the file that is gone and one by a new one.
+        try:
+            yield
+        finally:
+            lock.release()
 
     def figure(self, name: str) -> Path:
         """Returns where the figure `name` (without ending) lies."""

@@ -10,7 +10,7 @@ KNOWN_SETTINGS_START = "--data, --run-dir, --validation-fraction"
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["trian"], "Unknown verb 'trian'. Did you mean 'train'? Known: train, labels, recipes."),
+        (["trian"], "Unknown verb 'trian'. Did you mean 'train'? Known: train, labels, resume, recipes."),
         (["train", "coursewrok"], "Unknown recipe 'coursewrok'. Did you mean 'coursework'? Known: coursework, fast92."),
         (
             ["train", "none.json"],

@@ -1,15 +1,74 @@
-"""What a training starts from: the untrained network, its stem computed from training images, and the batches."""
+"""What a training starts from: the images, the untrained network, its stem computed from them, and the batches."""
+
+import dataclasses
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
 from dynaconv.data.augment import normalize, to_tensor
 from dynaconv.data.batches import Batches
+from dynaconv.data.exclusions import read_exclusions
 from dynaconv.data.images import ImageSet
+from dynaconv.data.sources import load_images, options_of, resolve
+from dynaconv.data.split import Split, split_stratified
+from dynaconv.errors import UserError
 from dynaconv.model.network import Network, build_network
 from dynaconv.recipe import Recipe, sizes_of_epochs
 
 STEM_IMAGES = 1000
 """Training images from which the stem is computed: a million patches for twelve numbers each."""
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """The training images of a run on its device, split.
+
+    Attributes:
+        source: The source that was read, never "auto".
+        train: Images that train.
+        validation: Images that validate.
+        split: Where both stand among the source's training images.
+        sha256: Hash of all training images of the source, before the split.
+    """
+
+    source: str
+    train: ImageSet
+    validation: ImageSet
+    split: Split
+    sha256: str
+
+
+def load_training_data(recipe: Recipe, device: torch.device, say: Callable[[str], None]) -> TrainingData:
+    """Reads the training images of the recipe's source and splits them; never opens the test split.
+
+    Raises:
+        UserError: the source is not there or holds what cannot be trained on.
+    """
+    options = options_of(recipe.data, say)
+    source = resolve(recipe.data.source, options)
+    images = load_images(source, "train", options)
+    split = split_stratified(
+        images.labels, recipe.data.validation_fraction, recipe.data.split_seed, recipe.data.max_train_images
+    )
+    if recipe.data.without is not None:
+        left_out = read_exclusions(Path(recipe.data.without), images)
+        kept = split.train[~torch.isin(split.train, left_out)]
+        say(f"Left out: {len(split.train) - len(kept)} of {len(split.train)} training images ({recipe.data.without}).")
+        split = dataclasses.replace(split, train=kept)
+    if len(split.train) < recipe.train.batch_size:
+        raise UserError(
+            f"--batch-size {recipe.train.batch_size} is more than the {len(split.train)} training images of "
+            f"{images.description}; set --batch-size {max(2, len(split.train))} or less, or add images."
+        )
+    return TrainingData(
+        source=source,
+        train=images.subset(split.train).to(device),
+        validation=images.subset(split.validation).to(device),
+        split=split,
+        sha256=images.sha256(),
+    )
 
 
 def build_model(recipe: Recipe, images: ImageSet, device: torch.device) -> Network:
