@@ -121,6 +121,17 @@ def test_without_a_state_the_training_starts_anew(stopped, whole):
     assert_same(run, whole)
 
 
+def test_a_run_killed_before_its_beginning_was_written(stopped, whole):
+    run = stopped(1)
+    for name in ("model.safetensors", "model.json", "environment.json"):
+        (run.path / name).unlink()
+    shutil.rmtree(run.path / "state")
+    (run.path / ".model.json.abc.json").write_text("{")  # what a killed process leaves
+    resume_experiment(run.path, lambda line: None)
+    assert_same(run, whole)
+    assert sorted(path.name for path in run.path.iterdir()) == sorted(path.name for path in whole.path.iterdir())
+
+
 def test_a_run_that_has_ended_is_refused(whole, capsys):
     assert main(["resume", str(whole.path)]) == 2
     assert capsys.readouterr().err == f"dynaconv: The run in {whole.path} has ended; there is nothing to go on with.\n"

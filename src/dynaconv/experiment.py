@@ -123,8 +123,12 @@ def resume_experiment(
         recipe = run.read_recipe()
         device, precision = _set_up(recipe, say)
         data = load_training_data(recipe, device, say)
-        _note_changes(run, data, describe_environment(device, precision), say)
         model = build_model(recipe, data.train, device)
+        run.remove_unfinished()
+        if run.has_begun:
+            _note_changes(run, data, describe_environment(device, precision), say)
+        else:
+            _write_beginning(run, recipe, data, model, describe_environment(device, precision))
         stored = run.read_state(say)
         begin = State(*stored) if stored else None
         facts: dict[str, Any] = begin.facts if begin else {"history": [], "train_seconds": 0.0}

@@ -58,6 +58,11 @@ class RunDir:
             raise UserError(f"{path} is not the folder of a run: it has no recipe.json.")
         return cls(path)
 
+    @property
+    def has_begun(self) -> bool:
+        """Whether all that is known before the first step was written; the untrained weights are the last of it."""
+        return (self.path / WEIGHTS).is_file()
+
     def write_json(self, name: str, document: Any) -> None:
         """Writes a JSON document, whole or not at all."""
         with writing_whole(self.path / name) as temporary:
@@ -161,6 +166,12 @@ class RunDir:
             path.unlink(missing_ok=True)
         with contextlib.suppress(OSError):  # not there, or somebody keeps something in it
             (self.path / STATE).rmdir()
+
+    def remove_unfinished(self) -> None:
+        """Removes what a process that was killed left half-written; the run must be locked."""
+        for path in self.path.rglob(".*"):
+            if path.is_file() and path.name != LOCK:
+                path.unlink(missing_ok=True)
 
     def _states(self) -> list[Path]:
         """Stored states, the newest first."""
