@@ -9,6 +9,7 @@ import torch
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 
 import dynaconv.experiment
+import dynaconv.training.start
 from dynaconv.cli import main
 from dynaconv.data.sources import options_of
 from dynaconv.errors import UserError, WorkError
@@ -127,6 +128,7 @@ def test_test_images_are_opened_once_and_after_the_training(tmp_path, monkeypatc
         return history
 
     monkeypatch.setattr(dynaconv.experiment, "load_images", spy_load)
+    monkeypatch.setattr(dynaconv.training.start, "load_images", spy_load)
     monkeypatch.setattr(dynaconv.experiment, "fit", spy_fit)
     run_experiment(with_settings(SMALL, epochs=1), tmp_path / "run", lambda line: None)
     assert seen == ["train", "trained", "test"]

@@ -4,7 +4,7 @@ import pytest
 
 from dynaconv.cli import main
 
-KNOWN_SETTINGS_START = "--data, --run-dir, --validation-fraction"
+KNOWN_SETTINGS_START = "--data, --run-dir, --check-resume, --check-repeat, --validation-fraction"
 
 
 @pytest.mark.parametrize(
