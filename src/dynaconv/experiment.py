@@ -324,10 +324,7 @@ def _train(work: _Work) -> list[Epoch]:
     device = work.data.train.images.device
     training = training_batches(recipe, work.data.train)
     validation = Batches(work.data.validation, recipe.evaluate.evaluation_batch_size, recipe.augment)
-    finished = 0
-    if work.begin is not None:
-        finished = work.begin.facts["epoch"] - 1
-        training.epoch = finished
+    finished = work.begin.facts["epoch"] - 1 if work.begin else 0
     started = time.time()
     keeper = Keeper(run, parse_duration(recipe.train.checkpoint_every), work.clock.trained, say)
     say(f"Training {recipe.name} on {device} ({torch.get_num_threads()} threads) into {run.path}")
@@ -370,6 +367,14 @@ class _Tracked:
 
     def __len__(self) -> int:
         return len(self._batches)
+
+    @property
+    def epoch(self) -> int:
+        return self._batches.epoch
+
+    @epoch.setter
+    def epoch(self, begun: int) -> None:
+        self._batches.epoch = begun
 
     def __iter__(self) -> Iterator[Batch]:
         return iter(self._track(self._batches, len(self._batches)))

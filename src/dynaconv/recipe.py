@@ -242,6 +242,9 @@ class TrainSettings:
     """Seed of the initial weights, the order of the images and the augmentation."""
     checkpoint_every: str = "60s"
     """Time between two stored states, as 30s, 5m or 1h: what a power cut costs at most. `dynaconv resume` goes on."""
+    on_divergence: Literal["stop", "rollback"] = "stop"
+    """When the loss or a gradient becomes NaN or infinite: stop, or go back to the start of the epoch and on from there
+    with half the rates, three times at most."""
     log_every: int = 1
     """Epochs between two log lines, at least 1. The last epoch is always logged."""
     device: Literal["auto", "cpu", "cuda", "mps"] = "auto"

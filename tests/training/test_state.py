@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 import torch
@@ -11,6 +12,7 @@ from dynaconv.data.images import ImageSet
 from dynaconv.errors import UserError
 from dynaconv.recipe import Recipe, with_settings
 from dynaconv.training.fit import fit
+from dynaconv.training.loop import DivergedError
 from dynaconv.training.start import build_model, training_batches
 from dynaconv.training.state import State
 
@@ -49,8 +51,6 @@ def train(recipe, stop_after=None, begin=None):
             kept.append(State(state.tensors, json.loads(json.dumps(state.facts))))
             raise _StopError
 
-    if begin is not None:
-        batches.epoch = begin.facts["epoch"] - 1
     try:
         history = fit(model, batches, validation, recipe, CPU, keep=keep, begin=begin)
     except _StopError:
@@ -81,7 +81,6 @@ def test_a_training_stopped_twice():
     model = build_model(MUON, IMAGES, CPU)
     state = train(MUON, 4)
     batches = training_batches(MUON, IMAGES)
-    batches.epoch = state.facts["epoch"] - 1
     later = []
 
     def keep(take):
@@ -108,3 +107,58 @@ def test_the_state_of_another_training_is_refused(other):
     state = train(ADAM, 3)
     with pytest.raises(UserError, match="does not fit the run's recipe"):
         train(other, begin=state)
+
+
+class _SickPasses:
+    """Training batches whose third is NaN in the second epoch, until that epoch was begun `sick` times."""
+
+    def __init__(self, recipe, sick):
+        self.batches, self.sick = training_batches(recipe, IMAGES), sick
+
+    epoch = property(lambda self: self.batches.epoch, lambda self, begun: setattr(self.batches, "epoch", begun))
+
+    def __len__(self):
+        return len(self.batches)
+
+    def __iter__(self):
+        is_sick = self.epoch == 1 and self.sick > 0
+        self.sick -= self.epoch == 1
+        for place, (images, labels) in enumerate(self.batches):
+            yield images * (math.nan if is_sick and place == 2 else 1), labels
+
+
+@pytest.mark.parametrize("recipe", [ADAM, MUON], ids=["adam", "muon"])
+def test_a_training_that_diverges_goes_back_to_its_epoch_with_half_the_rates(recipe):
+    recipe = with_settings(recipe, on_divergence="rollback")
+    states, notices = [], []
+    model = build_model(recipe, IMAGES, CPU)
+    history = fit(
+        model, _SickPasses(recipe, 2), [], recipe, CPU, say=notices.append, keep=lambda take: states.append(take())
+    )
+    assert [epoch.rollbacks for epoch in history] == [0, 2, 0]
+    healthy = fit(build_model(recipe, IMAGES, CPU), _SickPasses(recipe, 0), [], recipe, CPU)
+    assert [epoch.learning_rate for epoch in history] == pytest.approx(
+        [rate * healthy[place].learning_rate for place, rate in enumerate((1, 0.25, 0.25))]
+    )
+    assert notices == ["The loss became nan at step 3 of epoch 2: the epoch begins anew, with the rates halved."] * 2
+    for state in states:  # from any moment, in the sick passes too, to the same end
+        other = build_model(recipe, IMAGES, CPU)
+        left = 2 - state.facts["rollbacks"][0] if state.facts["epoch"] <= 2 else 0
+        again = fit(other, _SickPasses(recipe, left), [], recipe, CPU, begin=state)
+        assert timeless(again) == timeless(history)
+        assert all(torch.equal(model.state_dict()[name], tensor) for name, tensor in other.state_dict().items())
+
+
+def test_a_training_that_keeps_diverging_stops():
+    recipe = with_settings(ADAM, on_divergence="rollback")
+    with pytest.raises(DivergedError, match="The loss became nan at step 3"):
+        fit(build_model(recipe, IMAGES, CPU), _SickPasses(recipe, 4), [], recipe, CPU)
+
+
+def test_a_gradient_that_is_not_finite_stops_before_the_update():
+    model = build_model(ADAM, IMAGES, CPU)
+    first = next(model.parameters())
+    first.register_hook(lambda gradient: gradient * math.inf)
+    with pytest.raises(DivergedError, match=r"The gradient became (inf|nan) at step 1"):
+        fit(model, training_batches(ADAM, IMAGES), [], ADAM, CPU)
+    assert first.isfinite().all()

@@ -5,7 +5,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import nn
@@ -14,6 +14,9 @@ from dynaconv.recipe import Recipe
 from dynaconv.training.loop import Batch, DivergedError, EpochState, Parts, Sums, training_epoch, validation_epoch
 from dynaconv.training.optim import Schedule, build_optimizer
 from dynaconv.training.state import State, put_back, take_state
+
+GOOD = "good/"
+"""Before the names of the state at the start of an epoch, in that of a later moment."""
 
 
 class Passes(Protocol):
@@ -26,6 +29,14 @@ class Passes(Protocol):
     def __iter__(self) -> Iterator[Batch]:
         """Starts a pass."""
         ...
+
+
+@runtime_checkable
+class Counted(Protocol):
+    """Passes that differ from epoch to epoch."""
+
+    epoch: int
+    """Passes that were begun; set before each, so that a training may begin anywhere, and twice."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +57,8 @@ class Epoch:
     """Training and validation of this epoch."""
     images_per_second: float
     """Training images over the seconds of the training part alone."""
+    rollbacks: int = 0
+    """How often this epoch diverged and was begun anew with half the rates."""
 
     def line(self, epochs: int) -> str:
         """Returns the log line of this epoch out of `epochs`."""
@@ -55,6 +68,9 @@ class Epoch:
             f"Validation Accuracy: {_told(self.validation_accuracy)}"
         )
 
+
+MOST_ROLLBACKS = 3
+"""In a whole training: the fourth time, lower rates are not what it needs."""
 
 Keep = Callable[[Callable[[], State]], None]
 """Called after every update and every epoch with a function that takes the state, which costs a copy of it."""
@@ -75,7 +91,7 @@ def fit(
 
     Args:
         model: On `device`.
-        training_batches: Iterated once per epoch. With `begin`, the first pass must be that of its epoch.
+        training_batches: Iterated once per epoch; told which one by its attribute `epoch`, if it has one.
         validation_batches: Iterated once per epoch; none to go without validation.
         recipe: Its `train` and `optim` settings are used.
         device: Where the model is.
@@ -88,14 +104,21 @@ def fit(
         The metrics of every epoch. The model holds the weights of the last one.
 
     Raises:
-        DivergedError: the training or validation loss is NaN or infinite. `on_epoch` was not called for that epoch.
+        DivergedError: the loss or a gradient is NaN or infinite, and the recipe does not roll back, or did three times.
+            `on_epoch` was not called for that epoch.
         UserError: `begin` is the state of another network or optimiser.
     """
     training = _Training(model, training_batches, recipe, device, say)
     if begin is not None:
         training.go_on_from(begin)
     while training.number <= recipe.train.epochs:
-        epoch = training.run_epoch(validation_batches, keep)
+        try:
+            epoch = training.run_epoch(validation_batches, keep)
+        except DivergedError as error:
+            if training.good is None or training.rollbacks == MOST_ROLLBACKS:
+                raise
+            training.roll_back(error, training.good)
+            continue
         on_epoch(epoch)
         training.next_epoch(epoch)
         keep(training.take)
@@ -113,8 +136,11 @@ class _Training:
         updates = math.ceil(len(batches) / recipe.train.accumulation_steps)
         self.schedule = Schedule(self.optimizer, recipe.optim, recipe.train.epochs, updates)
         self.parts = Parts(say=say)
+        self.say = say
         self.history: list[Epoch] = []
         self.number = 1
+        self.rollbacks, self.rollbacks_of_epoch = 0, 0
+        self.good: State | None = None  # at the start of this epoch, where the training may have to go back there
         self._begin_epoch()
 
     def _begin_epoch(self) -> None:
@@ -124,6 +150,10 @@ class _Training:
 
     def run_epoch(self, validation_batches: Passes, keep: Keep) -> Epoch:
         self.started = time.perf_counter()
+        if self.good is None and self.recipe.train.on_divergence == "rollback":
+            self.good = self._take_alone()
+        if isinstance(self.batches, Counted):
+            self.batches.epoch = self.number - 1
         self.state.after_update = lambda: keep(self.take)
         smoothed = nn.CrossEntropyLoss(label_smoothing=self.recipe.optim.label_smoothing)
         training = training_epoch(
@@ -151,15 +181,33 @@ class _Training:
             learning_rate=self.rate,
             seconds=self.earlier + time.perf_counter() - self.started,
             images_per_second=self.state.sums.images / trained,
+            rollbacks=self.rollbacks_of_epoch,
         )
+
+    def roll_back(self, error: DivergedError, good: State) -> None:
+        """Goes back to the start of the epoch, with half the rates from there on."""
+        rollbacks, of_epoch = self.rollbacks + 1, self.rollbacks_of_epoch + 1
+        self.say(f"{error} of epoch {self.number}: the epoch begins anew, with the rates halved.")
+        self._go_to(good)
+        self.rollbacks, self.rollbacks_of_epoch = rollbacks, of_epoch
+        self.schedule.scale(0.5**rollbacks)
+        self.rate = self.optimizer.param_groups[-1]["lr"]
 
     def next_epoch(self, finished: Epoch) -> None:
         self.history.append(finished)
         self.number += 1
+        self.rollbacks_of_epoch, self.good = 0, None
         self.started = time.perf_counter()
         self._begin_epoch()
 
     def take(self) -> State:
+        state = self._take_alone()
+        if self.good is None:
+            return state
+        good = {f"{GOOD}{name}": tensor for name, tensor in self.good.tensors.items()}
+        return State({**state.tensors, **good}, {**state.facts, GOOD: self.good.facts})
+
+    def _take_alone(self) -> State:
         progress: dict[str, Any] = {
             "epoch": self.number,
             "updates": self.state.updates,
@@ -167,11 +215,17 @@ class _Training:
             "parts": self.parts.count,
             "rate": self.rate,
             "seconds": self.earlier + time.perf_counter() - self.started,
+            "rollbacks": [self.rollbacks, self.rollbacks_of_epoch],
             "history": [dataclasses.asdict(epoch) for epoch in self.history],
         }
         return take_state(self.model, self.optimizer, self.schedule, progress)
 
     def go_on_from(self, begin: State) -> None:
+        good = {name.removeprefix(GOOD): t for name, t in begin.tensors.items() if name.startswith(GOOD)}
+        self.good = State(good, begin.facts[GOOD]) if good else None
+        self._go_to(begin)
+
+    def _go_to(self, begin: State) -> None:
         put_back(begin, self.model, self.optimizer, self.schedule)
         facts = begin.facts
         self.history = [Epoch(**epoch) for epoch in facts["history"]]
@@ -181,6 +235,8 @@ class _Training:
         self.state.updates = facts["updates"]
         self.state.sums.put_back(facts["sums"])
         self.rate, self.earlier = facts["rate"], facts["seconds"]
+        self.rollbacks, self.rollbacks_of_epoch = facts["rollbacks"]
+        self.schedule.scale(0.5**self.rollbacks)
 
 
 def _told(figure: float | None) -> str:

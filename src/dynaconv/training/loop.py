@@ -25,11 +25,11 @@ class Average(NamedTuple):
 
 
 class DivergedError(WorkError):
-    """The loss became NaN or infinite."""
+    """The loss or a gradient became NaN or infinite."""
 
-    def __init__(self, step: int, loss: float) -> None:
-        """Records the optimiser step of the epoch (from 1) and the loss seen there."""
-        super().__init__(f"The loss became {loss} at step {step}")
+    def __init__(self, step: int, value: float, what: str = "loss") -> None:
+        """Records the optimiser step of the epoch (from 1) and the value seen there."""
+        super().__init__(f"The {what} became {value} at step {step}")
         self.step = step
 
 
@@ -137,7 +137,7 @@ def training_epoch(
         Loss and accuracy averaged over images, as the network saw them: augmented, and before each update.
 
     Raises:
-        DivergedError: the loss is NaN or infinite. The model then holds the weights of that step.
+        DivergedError: the loss or a gradient is NaN or infinite. The model then holds the weights of that step.
         WorkError: not even two images fit into memory.
     """
     model.train()
@@ -148,14 +148,24 @@ def training_epoch(
         while not _fill_gradients(model, state.parts.cut(window), criterion, optimizer, device, state.sums):
             state.parts.double(window)
         state.updates += 1
-        if state.updates % updates_between_checks == 0 and not math.isfinite(total := state.sums.loss.item()):
-            raise DivergedError(state.updates, total)
+        if state.updates % updates_between_checks == 0:
+            _refuse_diverged(model, state)
         optimizer.step()
         state.after_update()
     average = state.sums.average()
     if not math.isfinite(average.loss):
         raise DivergedError(state.updates, average.loss)
     return average
+
+
+def _refuse_diverged(model: nn.Module, state: EpochState) -> None:
+    """Raises DivergedError if the loss so far or the gradients of this update are not finite."""
+    if not math.isfinite(loss := state.sums.loss.item()):
+        raise DivergedError(state.updates, loss)
+    gradients = [parameter.grad for parameter in model.parameters() if parameter.grad is not None]
+    norm = nn.utils.get_total_norm(gradients).item()
+    if not math.isfinite(norm):
+        raise DivergedError(state.updates, norm, "gradient")
 
 
 def _fill_gradients(

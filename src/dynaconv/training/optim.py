@@ -120,6 +120,7 @@ class Schedule:
         self._by_epoch = settings.schedule == "cosine"
         self._last = epochs if self._by_epoch else epochs * steps
         self.place = 0
+        self._scale = 1.0
         if not self._by_epoch:
             optimizer.register_step_post_hook(self._follow)
 
@@ -134,7 +135,12 @@ class Schedule:
         share = min(1.0, place / self._last)
         factor = (1 + math.cos(math.pi * share)) / 2 if self._by_epoch else 1 - share
         for group, rate in zip(self._optimizer.param_groups, self._rates, strict=True):
-            group["lr"] = rate * factor
+            group["lr"] = rate * factor * self._scale
+
+    def scale(self, factor: float) -> None:
+        """Multiplies all rates by `factor` from here on, in place of any factor before."""
+        self._scale = factor
+        self.go_to(self.place)
 
     def _follow(self, optimizer: torch.optim.Optimizer, args: Any, kwargs: Any) -> None:
         self.go_to(self.place + 1)

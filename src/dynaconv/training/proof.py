@@ -96,8 +96,6 @@ def _train(
     batches = training_batches(recipe, images)
     few = images.subset(torch.arange(min(len(images), VALIDATION_IMAGES)))
     validation = Batches(few, recipe.evaluate.evaluation_batch_size, recipe.augment)
-    if begin is not None:
-        batches.epoch = begin.facts["epoch"] - 1
     moments: list[_Moment] = []
 
     def keep(take: Callable[[], State]) -> None:

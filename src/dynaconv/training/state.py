@@ -43,7 +43,7 @@ def take_state(
 
 
 def put_back(state: State, model: nn.Module, optimizer: torch.optim.Optimizer, schedule: Schedule) -> None:
-    """Makes model, optimiser and schedule, all fresh, those of the state.
+    """Makes model, optimiser and schedule those of the state.
 
     Raises:
         UserError: the state is that of another network or optimiser.
@@ -51,6 +51,7 @@ def put_back(state: State, model: nn.Module, optimizer: torch.optim.Optimizer, s
     try:
         weights = {name.removeprefix("model/"): t for name, t in state.tensors.items() if name.startswith("model/")}
         model.load_state_dict(weights)
+        optimizer.state.clear()
         for index, parameter in enumerate(_parameters(optimizer)):
             start = f"optimizer/{index}/"
             found = {name.removeprefix(start): t for name, t in state.tensors.items() if name.startswith(start)}
