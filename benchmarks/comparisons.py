@@ -1,7 +1,7 @@
 """Counts how often `compare` cries a difference between equal classifiers, and how often its interval holds the truth.
 
 Command: python benchmarks/comparisons.py
-Takes: six minutes on one core. No data: the classifiers are simulated.
+Takes: seven minutes on one core of a busy machine. No data: the classifiers are simulated.
 
 A simulated image has a difficulty h that all classifiers share, one g that the runs of a side share, and one e of each
 run; a run is right where their sum, a standard normal variable, is below the quantile of the run's accuracy:

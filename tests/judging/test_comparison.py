@@ -231,9 +231,9 @@ def test_equal_classes_are_seldom_called_changed():
                 *([judge(generator.random(500) < 0.7) for _ in range(runs)] for runs in (1 + pair % 3, 1 + pair % 3))
             ).classes
         )
-        for pair in range(60)
+        for pair in range(30)
     )
-    assert called <= 7  # 5% of 60, and two and a half standard errors
+    assert called <= 4  # 5% of 30, and two and a half standard errors
 
 
 def test_flips_are_found_and_limited():

@@ -1,14 +1,19 @@
 """Paired differences: the test, the bootstrap, the variances of several seeds, and that they agree."""
 
 import itertools
+import json
 import math
 from fractions import Fraction
+from pathlib import Path
 
 import numpy as np
 import pytest
 from scipy import stats
 
+from dynaconv.judging import paired
 from dynaconv.judging.paired import bootstrap, mcnemar, paired_difference
+
+RESULT = Path(__file__).parents[2] / "benchmarks" / "results" / "comparisons.json"
 
 
 def draw_right(generator, runs=1, images=60, chance=0.8):
@@ -23,7 +28,7 @@ def from_counts(only_first, only_second, images):
 
 def test_mcnemar_is_the_binomial_counted_out_in_whole_numbers():
     generator = np.random.default_rng(0)
-    for _ in range(1000):
+    for _ in range(400):
         divided = int(generator.integers(1, 120))
         first = int(generator.binomial(divided, generator.choice([0.5, 0.4, 0.8])))
         ways = [math.comb(divided, k) for k in range(divided + 1)]
@@ -69,8 +74,8 @@ def test_the_interval_of_one_run_each_holds_both_published_ones(only_first, only
 
 @pytest.mark.parametrize("confidence", [0.95, 0.995])
 def test_one_run_each_is_told_apart_exactly_where_the_test_says_so(confidence):
-    cases = [(b, d - b, n) for d in (*range(10), 17, 25) for b in range(d + 1) for n in (d + 1, 3 * d + 20)]
-    cases += [(d // 2 + k, d // 2 - k, n) for d in (300, 1000) for k in range(14, 54, 4) for n in (d, 10_000)]
+    cases = [(b, d - b, n) for d in (*range(9), 16) for b in range(d + 1) for n in (d + 1, 3 * d + 20)]
+    cases += [(d // 2 + k, d // 2 - k, n) for d in (300, 1000) for k in range(14, 54, 8) for n in (d, 10_000)]
     told = 0
     for only_first, only_second, images in cases:
         found = paired_difference(*from_counts(only_first, only_second, images), confidence=confidence)
@@ -205,7 +210,7 @@ def test_shapes_that_are_no_runs_of_the_same_images_are_refused(shapes):
 @pytest.mark.parametrize("runs", [(1, 1), (3, 3), (5, 5)])
 def test_equal_sides_are_seldom_told_apart_and_the_truth_is_seldom_missed(runs):
     generator = np.random.default_rng(7)
-    pairs, images, cried, missed = 200, 1000, 0, 0
+    pairs, images, cried, missed = 200, 300, 0, 0
     spreads = [0.06 * (count > 1) for count in runs]  # of the runs' accuracies, about a point and a half
     truth = np.subtract(
         *(stats.norm.cdf(at / math.hypot(1, spread)) for at, spread in zip((1.5, 1.3), spreads[::-1], strict=True))
@@ -222,3 +227,20 @@ def test_equal_sides_are_seldom_told_apart_and_the_truth_is_seldom_missed(runs):
         missed += not found.low <= truth <= found.high
     assert cried / pairs < 0.09  # 5% and two and a half standard errors of 200 pairs
     assert missed / pairs < 0.09
+
+
+def test_the_measured_shares_are_those_that_are_claimed():
+    metrics = json.loads(RESULT.read_text())["metrics"]
+    equal = metrics["equal"]
+    assert len(equal) == 20
+    assert all(found["told_apart"] <= 0.06 and found["pairs"] >= 1000 for found in equal.values())
+    assert all(found["coverage"] >= 0.95 for found in metrics["different"].values())
+    worst = {
+        name: {rule: round(share, 2) for rule, share in found.items()} for name, found in metrics["worst_case"].items()
+    }
+    told = " ".join((paired._seeds_and_images.__doc__ or "").split())
+    assert worst["3 vs 3"] == {"one_quantile": 0.08, "own_quantiles": 0.06}
+    assert worst["2 vs 2"] == {"one_quantile": 0.13, "own_quantiles": 0.06}
+    assert worst["2 vs 5"]["own_quantiles"] == 0.11
+    assert "8% of pairs with three seeds each, not 6%, and in 13% with two, not 6%" in told
+    assert "11% at worst" in told

@@ -260,7 +260,7 @@ def tell_test(comparison: Comparison) -> str:
             f"Only {first} is right on {lost:,} images, only {second} on {gained:,}: {chance} (McNemar's exact test)."
         )
     counted = "images and seeds" if comparison.difference.method == "seeds" else "images"
-    return f"The accuracies of {first} and {second} differ with {chance} (t test over {counted})."
+    return f"Were {first} and {second} equally accurate, such a difference would have {chance} (t test over {counted})."
 
 
 def tell_classes(comparison: Comparison) -> list[str]:

@@ -71,7 +71,8 @@ def paired_difference(first: Right, second: Right, confidence: float = 1 - ERROR
     between the shares of runs that are right on it, and N images, the interval is that of the mean of d by Student's t,
     t_(N-1) sd(d) / sqrt(N) to either side. p as above.
 
-    How often equal sides are told apart, and how often the interval holds the truth: benchmarks/comparisons.py.
+    How often equal sides are told apart, and how often the interval holds the truth, is counted by
+    benchmarks/comparisons.py: of few runs the interval is wide rather than narrow.
 
     Args:
         first: (S_1, N) bool, at least one run and one image.
@@ -177,8 +178,6 @@ def _between_means(first: Right, second: Right, confidence: float) -> Difference
     images = first.shape[1]
     counts = second.sum(0) * len(first) - first.sum(0) * len(second)  # whole numbers: what is equal stays equal
     value = int(counts.sum()) / (len(first) * len(second) * images)
-    # The 2 are two imagined images, -1 and 1, as Agresti and Min have them (2005, Statistics in Medicine 24:729):
-    # without them the interval would be sure of what four images say. McNemar's test asks for six, and so does this.
     per_image = counts / (len(first) * len(second))
     # The 2 are two imagined images, -1 and 1, as Agresti and Min have them (2005, Statistics in Medicine 24:729):
     # without them the interval would be sure of what four images say. McNemar's test asks for six, and so does this.
