@@ -1,7 +1,8 @@
-"""Files that are written whole or not at all."""
+"""Files that are written whole or not at all, and read within bounds."""
 
 import contextlib
 import os
+import stat
 import tempfile
 from collections.abc import Generator
 from pathlib import Path
@@ -34,3 +35,19 @@ def writing_whole(path: Path) -> Generator[Path]:
     finally:
         if temporary is not None:
             temporary.unlink(missing_ok=True)
+
+
+def read_bounded(path: Path, most: int) -> bytes:
+    """Reads a plain file of at most `most` bytes.
+
+    Raises:
+        OSError: it is not there, larger, or no plain file: a pipe or a device is not waited for.
+    """
+    handle = os.open(path, os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | getattr(os, "O_BINARY", 0))
+    with os.fdopen(handle, "rb") as file:
+        about = os.fstat(handle)
+        if not stat.S_ISREG(about.st_mode):
+            raise OSError("it is no plain file")
+        if about.st_size > most:
+            raise OSError(f"it is larger than {most / 2**20:g} MiB")
+        return file.read()

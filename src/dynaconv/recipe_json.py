@@ -8,8 +8,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from dynaconv.errors import UserError, unknown
+from dynaconv.files import read_bounded
 from dynaconv.recipe import GROUPS, Recipe
 
+MOST_BYTES = 2**20
+"""A larger file is no recipe."""
 FORMAT = 1
 """Version of the JSON form. A file with another version is refused by name, never guessed at."""
 
@@ -51,7 +54,7 @@ def from_json(text: str, where: str) -> Recipe:
 def load_recipe(path: Path) -> Recipe:
     """Reads a recipe.json; raises UserError if it cannot be read or is not one."""
     try:
-        text = path.read_text(encoding="utf-8")
+        text = read_bounded(path, MOST_BYTES).decode()
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"The recipe {path} cannot be read: {error}.") from error
     return from_json(text, str(path))

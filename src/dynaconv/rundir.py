@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynaconv.errors import UserError
-from dynaconv.files import writing_whole
+from dynaconv.files import read_bounded, writing_whole
 from dynaconv.recipe import Recipe
 from dynaconv.recipe_json import load_recipe, to_json
 
@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
 METRICS, WEIGHTS, RESULT = "metrics.jsonl", "model.safetensors", "result.json"
 STATE, LOCK = "state", ".lock"
+MOST_JSON_BYTES, MOST_TENSOR_BYTES = 256 * 2**20, 4 * 2**30
+"""Larger files in a run's folder are not read: no run writes them."""
 
 
 class RunDir:
@@ -72,7 +74,7 @@ class RunDir:
         """Reads a JSON document of the run; raises UserError if it is missing or damaged."""
         path = self.path / name
         try:
-            return json.loads(path.read_text(encoding="utf-8"))
+            return json.loads(read_bounded(path, MOST_JSON_BYTES))
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{path} cannot be read ({error}); the run did not get that far or was altered.") from error
 
@@ -96,8 +98,8 @@ class RunDir:
     def read_metrics(self) -> list[dict[str, Any]]:
         """Reads metrics.jsonl, one dictionary per epoch."""
         try:
-            return [json.loads(line) for line in (self.path / METRICS).read_text(encoding="utf-8").splitlines()]
-        except (OSError, ValueError) as error:
+            return [json.loads(line) for line in read_bounded(self.path / METRICS, MOST_JSON_BYTES).splitlines()]
+        except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{self.path / METRICS} cannot be read: {error}.") from error
 
     def write_weights(self, tensors: "dict[str, torch.Tensor]") -> None:
@@ -112,11 +114,11 @@ class RunDir:
     def read_weights(self) -> "dict[str, torch.Tensor]":
         """Reads model.safetensors; raises UserError if it is missing or damaged."""
         from safetensors import SafetensorError
-        from safetensors.torch import load_file
+        from safetensors.torch import load
 
         try:
-            return load_file(self.path / WEIGHTS)
-        except (OSError, SafetensorError) as error:
+            return load(read_bounded(self.path / WEIGHTS, MOST_TENSOR_BYTES))
+        except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
             raise UserError(f"{self.path / WEIGHTS} cannot be read: {error}.") from error
 
     def write_metrics(self, epochs: list[dict[str, Any]]) -> None:
@@ -151,7 +153,7 @@ class RunDir:
 
         for path in self._states():
             try:
-                content = path.read_bytes()
+                content = read_bounded(path, MOST_TENSOR_BYTES)
                 if hashlib.sha256(content).hexdigest()[:16] != path.stem.rpartition("-")[2]:
                     raise ValueError("it is torn or was altered")
                 header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])

@@ -27,6 +27,7 @@ OFFICIAL_BYTES = 170_498_071
 
 _PIXELS = 3 * 32 * 32
 _MAX_MEMBER_BYTES = 2**28
+_MAX_ARCHIVE_BYTES = 2**29
 _BATCHES: dict[SplitName, tuple[str, ...]] = {
     "train": tuple(f"data_batch_{number}" for number in range(1, 6)),
     "test": ("test_batch",),
@@ -256,6 +257,8 @@ def _read_members(origin: Path, wanted: set[str]) -> dict[str, bytes]:
             return {name: (origin / name).read_bytes() for name in wanted if (origin / name).is_file()}
         with tarfile.open(origin, mode="r:gz") as archive:
             for member in archive:
+                if member.offset_data + member.size > _MAX_ARCHIVE_BYTES:  # would be unpacked to be passed over
+                    raise UserError(f"{origin} holds more than {_MAX_ARCHIVE_BYTES} bytes; it is not that of CIFAR-10.")
                 name = PurePosixPath(member.name).name
                 if name not in wanted or not member.isreg():
                     continue

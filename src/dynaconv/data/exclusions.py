@@ -1,12 +1,14 @@
 """Images that are to be left out of a training, named in a CSV file by their place among the training images."""
 
 import csv
+import io
 from pathlib import Path
 
 import torch
 
 from dynaconv.data.images import ImageSet
 from dynaconv.errors import UserError
+from dynaconv.files import read_bounded
 
 MOST_BYTES = 64 * 2**20
 """A larger file is no list of images of this program."""
@@ -27,10 +29,8 @@ def read_exclusions(path: Path, images: ImageSet) -> torch.Tensor:
         UserError: the file cannot be read, has no such column, names an image that is not there, or means others.
     """
     try:
-        if path.stat().st_size > MOST_BYTES:
-            raise UserError(f"--without {path} is larger than {MOST_BYTES // 2**20} MiB: no list of images.")
-        with path.open(encoding="utf-8-sig", newline="") as file:
-            rows = list(csv.DictReader(file))
+        text = read_bounded(path, MOST_BYTES).decode("utf-8-sig")
+        rows = list(csv.DictReader(io.StringIO(text, newline="")))
     except (OSError, UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"--without {path} cannot be read: {getattr(error, 'strerror', None) or error}.") from error
     if not rows or "index" not in rows[0]:

@@ -1,6 +1,7 @@
 """From picture files to pixels: decode any picture to one uint8 form, resize it, stack many into an ImageSet."""
 
 import io
+import stat
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -318,6 +319,8 @@ def _check_memory(count: int, channels: int, image_size: int, description: str) 
 
 
 def _open(content: bytes | Path) -> Image.Image:
+    if isinstance(content, Path) and not stat.S_ISREG(content.stat().st_mode):
+        raise _BadPictureError("it is no plain file")
     if len(content) == 0 if isinstance(content, bytes) else content.stat().st_size == 0:
         raise _BadPictureError("it is empty")
     image = Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=_FORMATS)

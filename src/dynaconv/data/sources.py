@@ -172,6 +172,8 @@ def _reader_of(path: Path) -> Callable[[Path, Notify], Splits]:
     if path.is_dir():
         holds_parquet = next(path.rglob("*.parquet"), None) is not None
         return (lambda path, notify: tables.find_parquet(path)) if holds_parquet else folders.find_splits
+    if not path.is_file():
+        raise UserError(f"{path} is no plain file; --data takes {', '.join(NAMED)}, {_OTHER_FORMS}.")
     finders = {".parquet": tables.find_parquet, ".csv": tables.find_csv, ".npz": tables.find_npz}
     if finder := finders.get(path.suffix.lower()):
         return lambda path, notify: finder(path)

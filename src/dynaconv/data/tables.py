@@ -3,7 +3,6 @@
 import csv
 import json
 import zipfile
-import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,14 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from dynaconv.data.hub import SplitFiles, split_of
-from dynaconv.data.pictures import LabelledPictures, PictureSplit, Pixels, SplitName, Splits
+from dynaconv.data.pictures import MAX_PREPARED_BYTES, LabelledPictures, PictureSplit, Pixels, SplitName, Splits
 from dynaconv.errors import UserError
 
 IMAGE_COLUMNS = ("img", "image", "images", "picture", "pixels", "bytes")
 LABEL_COLUMNS = ("label", "labels", "fine_label", "class", "target")
 PATH_COLUMNS = ("path", "file", "filename", "file_name", "image", "img", "picture")
+MOST_ROWS = 50_000_000
+"""A parquet file that claims more rows is refused: as images of 32 pixels they would take 150 GB."""
 _ARRAY_KEYS: dict[SplitName, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "train": (("images", "x_train", "train_images", "x"), ("labels", "y_train", "train_labels", "y")),
     "test": (("x_test", "test_images"), ("y_test", "test_labels")),
@@ -146,17 +147,20 @@ def _read_parquet(
     for file in files:
         try:
             with pq.ParquetFile(file) as table:
+                if table.metadata.num_rows > MOST_ROWS:
+                    raise UserError(f"{file} claims {table.metadata.num_rows} rows, more than {MOST_ROWS}.")
                 features = _features(table.schema_arrow)
                 image_column = _pick_column(table.schema_arrow, features, IMAGE_COLUMNS, "Image", file)
                 label_column = _pick_column(table.schema_arrow, features, LABEL_COLUMNS, "ClassLabel", file)
                 content = table.read(columns=[image_column, label_column])
-        except (pa.ArrowException, OSError) as error:
+            found = _picture_bytes(content.column(image_column), image_column, file)
+            labels += _plain_labels(content.column(label_column), label_column, file)
+        except (pa.ArrowException, OSError, ValueError) as error:  # ValueError: text that is no UTF-8
             raise UserError(f"{file} cannot be read as a parquet file; it is damaged or cut short.") from error
-        found = _picture_bytes(content.column(image_column), image_column, file)
         pictures += found
         names += [f"{file} row {row}" for row in range(len(found))]
-        labels += _plain_labels(content.column(label_column), label_column, file)
-        classes = features.get(label_column, {}).get("names") or classes
+        told = features.get(label_column, {}).get("names")
+        classes = told if isinstance(told, list) and told else classes
     if not labels:
         raise UserError(f"{files[0]} holds no rows.")
     if classes is None or isinstance(labels[0], str):
@@ -201,7 +205,7 @@ def _plain_labels(column: Any, name: str, file: Path) -> list[Any]:
         raise UserError(f"{file}: column {name} must hold whole numbers or names, but it holds {kind}.")
     labels = column.to_pylist()
     for row, label in enumerate(labels):
-        if label is None or (isinstance(label, int) and label < 0):
+        if label is None or (isinstance(label, int) and not 0 <= label < 2**63):
             raise UserError(f"{file}: row {row} of column {name} has no label (it holds {label}).")
     return labels
 
@@ -261,9 +265,14 @@ def _open_npz(path: Path) -> dict[str, npt.NDArray[Any]]:
     if not zipfile.is_zipfile(path):
         raise UserError(damaged)
     try:
+        with zipfile.ZipFile(path) as archive:
+            claimed = sum(member.file_size for member in archive.infolist())
+        if claimed > MAX_PREPARED_BYTES:
+            raise ValueError(f"it claims {claimed} bytes")
         with np.load(path, allow_pickle=False) as stored:
-            return {key: stored[key] for key in stored.files}
-    except (ValueError, OSError, EOFError, KeyError, MemoryError, zipfile.BadZipFile, zlib.error) as error:
+            # A member that is no array comes as its bytes.
+            return {key: stored[key] for key in stored.files if isinstance(stored[key], np.ndarray)}
+    except Exception as error:  # A damaged header raises nearly anything, its tokens included.
         pickled = "allow_pickle" in str(error)
         reason = f"{path} holds pickled objects, which are never loaded; save plain arrays." if pickled else damaged
         raise UserError(reason) from error

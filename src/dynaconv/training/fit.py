@@ -13,7 +13,7 @@ from torch import nn
 from dynaconv.recipe import Recipe
 from dynaconv.training.loop import Batch, DivergedError, EpochState, Parts, Sums, training_epoch, validation_epoch
 from dynaconv.training.optim import Schedule, build_optimizer
-from dynaconv.training.state import State, put_back, take_state
+from dynaconv.training.state import State, number, put_back, take_state, unfit, whole_number
 
 GOOD = "good/"
 """Before the names of the state at the start of an epoch, in that of a later moment."""
@@ -133,8 +133,8 @@ class _Training:
     ) -> None:
         self.model, self.batches, self.recipe, self.device = model, batches, recipe, device
         self.optimizer = build_optimizer(model, recipe.optim)
-        updates = math.ceil(len(batches) / recipe.train.accumulation_steps)
-        self.schedule = Schedule(self.optimizer, recipe.optim, recipe.train.epochs, updates)
+        self.updates = math.ceil(len(batches) / recipe.train.accumulation_steps)
+        self.schedule = Schedule(self.optimizer, recipe.optim, recipe.train.epochs, self.updates)
         self.parts = Parts(say=say)
         self.say = say
         self.history: list[Epoch] = []
@@ -227,16 +227,33 @@ class _Training:
 
     def _go_to(self, begin: State) -> None:
         put_back(begin, self.model, self.optimizer, self.schedule)
-        facts = begin.facts
-        self.history = [Epoch(**epoch) for epoch in facts["history"]]
-        self.number = facts["epoch"]
-        self.parts.count = facts["parts"]
-        self._begin_epoch()
-        self.state.updates = facts["updates"]
-        self.state.sums.put_back(facts["sums"])
-        self.rate, self.earlier = facts["rate"], facts["seconds"]
-        self.rollbacks, self.rollbacks_of_epoch = facts["rollbacks"]
+        try:
+            self._read(begin.facts)
+        except (KeyError, ValueError, TypeError) as error:
+            raise unfit(error) from error
         self.schedule.scale(0.5**self.rollbacks)
+
+    def _read(self, facts: dict[str, Any]) -> None:
+        """Takes over how far the training was; a state comes from a file, which anybody may have written."""
+        epochs = self.recipe.train.epochs
+        self.number = whole_number(facts["epoch"], 1, epochs + 1)
+        self.history = [Epoch(**epoch) for epoch in facts["history"]]
+        if [epoch.epoch for epoch in self.history] != list(range(1, self.number)):
+            raise ValueError("the history is not that of the epochs before")
+        for epoch in self.history:
+            for value in dataclasses.astuple(epoch):
+                number(0 if value is None else value)
+        self.parts.count = whole_number(facts["parts"], 1)
+        self._begin_epoch()
+        self.state.updates = whole_number(facts["updates"], 0, self.updates)
+        sums = {name: number(facts["sums"][name]) for name in self.state.sums.figures()}
+        if self.state.updates and sums["images"] < 1:
+            raise ValueError("updates without images")
+        self.state.sums.put_back(sums)
+        self.rate, self.earlier = number(facts["rate"]), number(facts["seconds"])
+        self.rollbacks, self.rollbacks_of_epoch = (
+            whole_number(count, 0, MOST_ROLLBACKS) for count in facts["rollbacks"]
+        )
 
 
 def _told(figure: float | None) -> str:

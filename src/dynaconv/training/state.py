@@ -13,6 +13,9 @@ from torch import nn
 from dynaconv.errors import UserError
 from dynaconv.training.optim import Schedule
 
+OPTIMIZER_STATES = (set[str](), {"momentum"}, {"step", "mean", "square"}, {"step", "exp_avg", "exp_avg_sq"})
+"""What optimisers keep of a parameter: nothing yet, Muon of a kernel, its Adam of all else, torch's Adam."""
+
 
 @dataclass(frozen=True)
 class State:
@@ -56,14 +59,36 @@ def put_back(state: State, model: nn.Module, optimizer: torch.optim.Optimizer, s
             start = f"optimizer/{index}/"
             found = {name.removeprefix(start): t for name, t in state.tensors.items() if name.startswith(start)}
             for name, tensor in found.items():
+                if tensor.shape not in ((), parameter.shape) or not tensor.is_floating_point():
+                    raise ValueError(f"{start}{name} is {tensor.dtype} of shape {tuple(tensor.shape)}")
                 optimizer.state[parameter][name] = tensor.clone().to(parameter.device)
             for name, value in state.facts["optimizer"].get(str(index), {}).items():
-                optimizer.state[parameter][name] = value
-        schedule.go_to(state.facts["schedule"])
+                optimizer.state[parameter][name] = whole_number(value, 0)
+            if (names := set(optimizer.state[parameter])) not in OPTIMIZER_STATES:
+                raise ValueError(f"the optimiser does not keep {', '.join(sorted(names))} of a parameter")
+        schedule.go_to(whole_number(state.facts["schedule"], 0))
     except (RuntimeError, KeyError, ValueError, TypeError, AttributeError) as error:
-        raise UserError(
-            f"The stored state does not fit the run's recipe ({error}); one of them was altered."
-        ) from error
+        raise unfit(error) from error
+
+
+def unfit(error: Exception) -> UserError:
+    """Returns the error to raise where a state is not one of the training that it is given to."""
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    return UserError(f"The stored state does not fit the run's recipe ({reason}); one of them was altered.")
+
+
+def whole_number(value: Any, least: int, most: int = 2**53) -> int:
+    """Returns a fact that must be a whole number from `least` to `most`; raises ValueError if it is not."""
+    if not isinstance(value, int) or not least <= value <= most:
+        raise ValueError(f"expected a whole number from {least} to {most}, received {value!r}")
+    return value
+
+
+def number(value: Any) -> float:
+    """Returns a fact that must be a finite number, of no more than 2**53; raises ValueError if it is not."""
+    if not isinstance(value, int | float) or not abs(value) <= 2**53:
+        raise ValueError(f"expected a finite number, received {value!r}")
+    return value
 
 
 def _parameters(optimizer: torch.optim.Optimizer) -> list[torch.Tensor]:
