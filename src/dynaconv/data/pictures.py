@@ -1,7 +1,6 @@
 """From picture files to pixels: decode any picture to one uint8 form, resize it, stack many into an ImageSet."""
 
 import io
-import stat
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -30,6 +29,7 @@ PICTURE_SUFFIXES = frozenset(
 
 MAX_PIXELS = 50_000_000
 """A picture with more pixels is refused before it is decoded: a few hundred bytes can claim gigabytes."""
+_TOO_MANY_PIXELS = f"it has more than {MAX_PIXELS // 10**6} million pixels"
 
 MAX_PREPARED_BYTES = 8 * 2**30
 """A set of images is held in memory whole; one that needs more than this is refused before it is decoded."""
@@ -319,7 +319,7 @@ def _check_memory(count: int, channels: int, image_size: int, description: str) 
 
 
 def _open(content: bytes | Path) -> Image.Image:
-    if isinstance(content, Path) and not stat.S_ISREG(content.stat().st_mode):
+    if isinstance(content, Path) and content.exists() and not content.is_file():
         raise _BadPictureError("it is no plain file")
     if len(content) == 0 if isinstance(content, bytes) else content.stat().st_size == 0:
         raise _BadPictureError("it is empty")
@@ -328,9 +328,6 @@ def _open(content: bytes | Path) -> Image.Image:
         image.close()
         raise _BadPictureError(_TOO_MANY_PIXELS)
     return image
-
-
-_TOO_MANY_PIXELS = f"it has more than {MAX_PIXELS // 10**6} million pixels"
 
 
 def _read_header(content: bytes | Path) -> tuple[tuple[int, int], bool]:
