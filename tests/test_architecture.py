@@ -20,8 +20,10 @@ FLOORS = {
     "training": 2,
     "judging": 3,
     "reporting": 4,
-    **dict.fromkeys(["experiment", "label_search", "shipping"], 5),
-    **dict.fromkeys(["recipes", "arguments", "terminal", "cli", "__main__"], 6),
+    **dict.fromkeys(["evaluation", "label_search", "shipping"], 5),
+    "experiment": 6,
+    "seeds": 7,
+    **dict.fromkeys(["recipes", "arguments", "terminal", "cli", "__main__"], 8),
 }
 """The floor of every part, a part being a module of the package or a folder of modules."""
 

@@ -37,7 +37,7 @@ def test_a_switch_of_a_recipe_can_be_turned_off():
 def test_without_arguments_the_default_recipe():
     recipe, options = parse_training([])
     assert recipe == RECIPES["coursework"]()
-    assert (options.run_dir, options.check_resume, options.check_repeat) == (None, False, False)
+    assert (options.run_dir, options.seeds, options.check_resume, options.check_repeat) == (None, 1, False, False)
 
 
 def test_a_stored_recipe_is_the_base_that_settings_change(tmp_path):

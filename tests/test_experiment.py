@@ -61,11 +61,17 @@ def test_folder(finished):
     run, _, result = finished
     assert sorted(path.name for path in run.path.iterdir()) == [
         ".lock",
+        "calibration.json",
         "environment.json",
+        "evaluation-test.json",
+        "evaluation-validation.json",
         "figures",
+        "looks.json",
         "metrics.jsonl",
         "model.json",
         "model.safetensors",
+        "predictions-test.parquet",
+        "predictions-validation.parquet",
         "recipe.json",
         "result.json",
         "split.json",

@@ -7,7 +7,7 @@ import itertools
 import re
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import tyro
 
@@ -23,13 +23,13 @@ RUN_DIR_HELP = "Folder of the run, which must not exist yet. None takes runs/REC
 
 
 def parse_training(words: list[str]) -> tuple[Recipe, Any]:
-    """Parses [RECIPE] [--run-dir DIR] [--check-resume] [--check-repeat] [--data SOURCE] [--SETTING VALUE ...].
+    """Parses [RECIPE] [--run-dir DIR] [--seeds N] [--check-resume] [--check-repeat] [--SETTING VALUE ...].
 
     Args:
         words: What follows `train` on the command line.
 
     Returns:
-        The complete recipe, and an object with the attributes run_dir (None if not named), check_resume and
+        The complete recipe, and an object with the attributes run_dir (None if not named), seeds, check_resume and
         check_repeat.
 
     Raises:
@@ -42,15 +42,19 @@ def parse_training(words: list[str]) -> tuple[Recipe, Any]:
         f"Trains a classifier. RECIPE is one of {', '.join(RECIPES)}, or a run's recipe.json. "
         f"The defaults shown are those of {base.name}."
     )
-    return _parse(
+    recipe, options = _parse(
         words,
         "train [RECIPE]",
         description,
         base,
         _option(Path | None, "run_dir", RUN_DIR_HELP),
+        _option(int, "seeds", "Trainings, from --seed and the seeds that follow, into one folder; 1 to 100.", 1),
         _option(bool, "check_resume", CHECK_HELP % "that was stopped goes on as if it never was", False),
         _option(bool, "check_repeat", CHECK_HELP % "repeats", False),
     )
+    if not 1 <= options.seeds <= 100:
+        raise UserError(f"--seeds must be from 1 to 100, received {options.seeds}.")
+    return recipe, options
 
 
 def parse_labels(words: list[str]) -> tuple[Recipe, Any]:
@@ -107,6 +111,78 @@ def parse_resume(words: list[str]) -> Path:
     return Path(words[0])
 
 
+def parse_evaluate(words: list[str]) -> Any:
+    """Parses RUN [--split S] [--views V] [--robustness] [--cifar10-c DIR] [--cifar10-1 DIR].
+
+    Returns an object with the attributes run, split, views, robustness, cifar10_c and cifar10_1; errors as
+    `parse_training`.
+    """
+    words = _take_folders(words, "evaluate", "dynaconv evaluate runs/first", ["run"])
+    kinds = Literal["validation", "test"]
+    return _parse_options(
+        words,
+        "evaluate RUN",
+        "Judges the network of a finished run, and stores the figures in its folder.",
+        _folder("run", "Folder of the run."),
+        _option(
+            kinds, "split", "Images to judge on. Each look at the test images is recorded in the run.", "validation"
+        ),
+        _option(Literal["one", "mirror", "six"], "views", "Views of an image whose logits are averaged.", "one"),
+        _option(bool, "robustness", "Judge 2,000 images under 14 corruptions at 5 severities as well.", False),
+        _option(Path | None, "cifar10_c", "Folder with the files of CIFAR-10-C, to judge on as well."),
+        _option(Path | None, "cifar10_1", "Folder with the files of CIFAR-10.1 v6, to judge on as well."),
+    )
+
+
+def parse_compare(words: list[str]) -> Any:
+    """Parses A B [--split S] [--into DIR].
+
+    Returns an object with the attributes first, second, split and into; errors as `parse_training`.
+    """
+    words = _take_folders(words, "compare", "dynaconv compare runs/first runs/second", ["first", "second"])
+    return _parse_options(
+        words,
+        "compare A B",
+        "Says whether one run, or several with different seeds, is really better than another on the same images.",
+        _folder("first", "Folder of a run, or of several as `train --seeds` makes it."),
+        _folder("second", "Another one."),
+        _option(
+            Literal["test", "validation"], "split", "Images to compare on; both sides were judged on them.", "test"
+        ),
+        _option(Path | None, "into", "Folder that is made for the figures, and pictures of images that flipped."),
+    )
+
+
+def _take_folders(words: list[str], verb: str, example: str, names: list[str]) -> list[str]:
+    """Gives the folders that stand first in a command their names, as options; raises UserError if one is missing."""
+    words = [_spell_out(word) for word in words]
+    if "--help" in words or "-h" in words:
+        return ["--help"]
+    count = next((place for place, word in enumerate(words) if word.startswith("-")), len(words))
+    if count < len(names):
+        what = "the folder of a run" if len(names) == 1 else "the folders of two runs"
+        raise UserError(f"`dynaconv {verb}` needs {what}: {example}.")
+    if count > len(names):
+        raise UserError(f"`dynaconv {verb}` takes no {words[len(names)]!r}: {example}.")
+    named = [word for name, folder in zip(names, words, strict=False) for word in (f"--{name}", folder)]
+    return [*named, *words[count:]]
+
+
+def _parse_options(words: list[str], usage: str, description: str, *options: Any) -> Any:
+    """Parses options that are no settings of a recipe."""
+    known = [f"--{name.replace('_', '-')}" for name, _, _ in options]
+    for word in words:
+        name = word.partition("=")[0]
+        if name.startswith("--") and name not in (*known, "--help"):
+            raise unknown("option", name, known)
+    return _understand(words, usage, description, list(options))
+
+
+def _folder(name: str, told: str) -> tuple[str, Any, Any]:
+    """Describes a folder that a verb needs."""
+    return name, Annotated[Path, tyro.conf.arg(help=told)], dataclasses.field()
+
+
 def _option(kind: Any, name: str, told: str, default: Any = None) -> tuple[str, Any, Any]:
     """Describes an option of a verb that is no setting of a recipe."""
     return name, Annotated[kind, tyro.conf.arg(help=told)], dataclasses.field(default=default)
@@ -116,11 +192,22 @@ def _parse(words: list[str], usage: str, description: str, base: Recipe, *option
     """Returns the settings as a recipe that starts from `base`, and an object whose attributes are the options."""
     _check_names(words, [f"--{name.replace('_', '-')}" for name, _, _ in options])
     groups = [(name, kind, dataclasses.field(default=getattr(base, name))) for name, kind in GROUPS.items()]
+    parsed = _understand(words, usage, description, [*options, *groups])
+    settings = {
+        field.name: getattr(getattr(parsed, group), field.name)
+        for group, kind in GROUPS.items()
+        for field in dataclasses.fields(kind)
+    }
+    return with_settings(base, **settings), parsed
+
+
+def _understand(words: list[str], usage: str, description: str, fields: list[Any]) -> Any:
+    """Returns an object with the fields; raises UserError in our words where tyro complains."""
     complaint = io.StringIO()
     try:
         with contextlib.redirect_stderr(complaint):
-            parsed: Any = tyro.cli(
-                dataclasses.make_dataclass("Arguments", [*options, *groups]),
+            return tyro.cli(
+                dataclasses.make_dataclass("Arguments", fields),
                 args=words,
                 prog=f"dynaconv {usage}",
                 description=description,
@@ -130,12 +217,6 @@ def _parse(words: list[str], usage: str, description: str, base: Recipe, *option
         if not end.code:
             raise
         raise UserError(_as_sentence(complaint.getvalue(), usage.split()[0])) from None
-    settings = {
-        field.name: getattr(getattr(parsed, group), field.name)
-        for group, kind in GROUPS.items()
-        for field in dataclasses.fields(kind)
-    }
-    return with_settings(base, **settings), parsed
 
 
 def find_recipe(name: str) -> Recipe:

@@ -20,12 +20,16 @@ usage: dynaconv VERB ... [--json]
 Trains, judges and ships image classifiers for small images, CIFAR-10 first.
 
 verbs:
-  train [RECIPE] [--data SOURCE] [--run-dir DIR] [--seed N] [--SETTING VALUE]
+  train [RECIPE] [--data SOURCE] [--run-dir DIR] [--seeds N] [--SETTING VALUE]
              train a classifier, judge it once on the test images, write a run
   labels SOURCE [--folds N] [--most N] [--into DIR]
              find training images whose label is doubtful; `train --without` leaves them out
   resume DIR
              go on with a run that was stopped, to the result of one that never was
+  evaluate RUN [--split test] [--robustness]
+             judge a run's network: intervals, every class, calibration, corruptions
+  compare A B [--split validation] [--into DIR]
+             say whether one run, or several with different seeds, is really better than another
   recipes    the named recipes, with what each costs and reaches
 
 options:
@@ -94,6 +98,10 @@ def train(words: "list[str]", people: "TextIO", started: float) -> "dict[str, An
     say, track = display(people)
     if options.check_resume or options.check_repeat:
         return check_training(recipe, options.check_resume, options.check_repeat, say)
+    if options.seeds > 1:
+        from dynaconv.seeds import run_seeds
+
+        return run_seeds(recipe, options.seeds, options.run_dir, say, track)
     result = run_experiment(recipe, options.run_dir, say, track, started)
     say(_tell(result))
     return result
@@ -105,13 +113,42 @@ def resume(words: "list[str]", people: "TextIO", started: float) -> "dict[str, A
 
     path = parse_resume(words)
     from dynaconv.experiment import resume_experiment
+    from dynaconv.seeds import PLAN, resume_seeds
     from dynaconv.terminal import display
 
     stop_on_sigterm()
     say, track = display(people)
+    if (path / PLAN).exists():
+        return resume_seeds(path, say, track)
     result = resume_experiment(path, say, track, started)
     say(_tell(result))
     return result
+
+
+def evaluate(words: "list[str]", people: "TextIO", started: float) -> "dict[str, Any]":
+    """The verb `evaluate`."""
+    from dynaconv.arguments import parse_evaluate
+
+    options = parse_evaluate(words)
+    from dynaconv.evaluation import evaluate_run
+    from dynaconv.terminal import display
+
+    stop_on_sigterm()
+    say, _ = display(people)
+    wanted = (options.robustness, options.cifar10_c, options.cifar10_1)
+    return evaluate_run(options.run, options.split, options.views, *wanted, say)
+
+
+def compare(words: "list[str]", people: "TextIO", started: float) -> "dict[str, Any]":
+    """The verb `compare`."""
+    from dynaconv.arguments import parse_compare
+
+    options = parse_compare(words)
+    from dynaconv.evaluation import compare_runs
+    from dynaconv.terminal import display
+
+    say, _ = display(people)
+    return compare_runs(options.first, options.second, options.split, options.into, say)
 
 
 def _tell(result: "dict[str, Any]") -> str:
@@ -163,6 +200,8 @@ VERBS: "dict[str, Callable[[list[str], TextIO, float], Any]]" = {
     "train": train,
     "labels": labels,
     "resume": resume,
+    "evaluate": evaluate,
+    "compare": compare,
     "recipes": recipes,
 }
 """Every verb by name: a function of the words after it, the stream for people, and the time of the start."""

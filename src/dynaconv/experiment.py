@@ -4,10 +4,10 @@ import contextlib
 import dataclasses
 import os
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 
@@ -24,38 +24,29 @@ from dynaconv.device import (
     use_threads,
 )
 from dynaconv.errors import UserError, WorkError
+from dynaconv.evaluation import store_judgement
 from dynaconv.judging.evaluate import Evaluation, evaluate
+from dynaconv.judging.judgement import calibrate
 from dynaconv.model.network import Network
 from dynaconv.recipe import Recipe, parse_duration, with_settings
 from dynaconv.reporting.events import EventWriter
 from dynaconv.reporting.figures import draw_curves, draw_grid, save_figure
-from dynaconv.rundir import RESULT, RunDir
+from dynaconv.rundir import CALIBRATION, RESULT, RunDir
 from dynaconv.training.budget import plan_epochs
 from dynaconv.training.fit import Epoch, fit
 from dynaconv.training.keeping import Keeper
-from dynaconv.training.loop import Batch, DivergedError
+from dynaconv.training.loop import DivergedError
 from dynaconv.training.proof import prove_repeat, prove_resume
 from dynaconv.training.start import TrainingData, build_model, load_training_data, training_batches
 from dynaconv.training.state import State
-
-
-class Track(Protocol):
-    """Shows the progress of a pass over batches."""
-
-    def __call__(self, batches: Iterable[Batch], total: int) -> Iterable[Batch]:
-        """Yields the batches unchanged; `total` is their number."""
-        ...
-
-
-def _untracked(batches: Iterable[Batch], total: int) -> Iterable[Batch]:
-    return batches
+from dynaconv.training.tracked import Track, Tracked, untracked
 
 
 def run_experiment(
     recipe: Recipe,
     path: Path | None = None,
     say: Callable[[str], None] = print,
-    track: Track = _untracked,
+    track: Track = untracked,
     started: float | None = None,
 ) -> dict[str, Any]:
     """Trains, judges and draws; leaves the folder of the run.
@@ -95,7 +86,7 @@ def run_experiment(
 
 
 def resume_experiment(
-    path: Path, say: Callable[[str], None] = print, track: Track = _untracked, started: float | None = None
+    path: Path, say: Callable[[str], None] = print, track: Track = untracked, started: float | None = None
 ) -> dict[str, Any]:
     """Goes on with a run that was stopped, from its last stored state, to the result of a run that never was.
 
@@ -220,10 +211,17 @@ def _train_and_judge(work: _Work) -> dict[str, Any]:
     with computing_in(work.precision, data.train.images.device):
         history = _train(work)
     training_seconds = work.clock.trained()
+    run.add_look("the end of the training")
     test_images, evaluations, judging_seconds = _judge(recipe, data, model, work.precision)
     _draw(run, recipe, history, test_images, evaluations["test"])
+    calibration = calibrate(evaluations.get("validation"), recipe.evaluate.wanted_precision)
+    run.write_json(CALIBRATION, calibration.as_dict())
+    for split, images in (("validation", data.validation), ("test", test_images)):
+        if split in evaluations:
+            store_judgement(run, split, evaluations[split], images, calibration)
     result = {
         **_describe_outcome(recipe, data, model, history, evaluations),
+        "test_looks": len(run.looks()),
         "train_seconds": training_seconds + judging_seconds,
         "startup_seconds": work.clock.training_started - work.clock.started,
         "wall_seconds": time.time() - work.clock.started,
@@ -282,7 +280,6 @@ def _describe_outcome(
         "test_accuracy": test.accuracy,
         "test_loss": test.loss,
         "test_images": len(test.labels),
-        "test_looks": 1,
         **{split.replace("_tta", "_accuracy_tta"): each.accuracy for split, each in averaged.items()},
     }
 
@@ -344,7 +341,7 @@ def _train(work: _Work) -> list[Epoch]:
 
     with contextlib.closing(EventWriter(run.tensorboard)) as events, keeper.stopping_gently():
         try:
-            tracked = _Tracked(training, work.track)
+            tracked = Tracked(training, work.track)
             history = fit(model, tracked, validation, recipe, device, on_epoch, say, keeper, work.begin)
         except DivergedError as error:
             raise WorkError(
@@ -357,27 +354,6 @@ def _train(work: _Work) -> list[Epoch]:
             raise
     say(f"Training finished in {time.time() - started:.2f} seconds")
     return history
-
-
-class _Tracked:
-    """Batches whose every pass is shown as progress."""
-
-    def __init__(self, batches: Batches, track: Track) -> None:
-        self._batches, self._track = batches, track
-
-    def __len__(self) -> int:
-        return len(self._batches)
-
-    @property
-    def epoch(self) -> int:
-        return self._batches.epoch
-
-    @epoch.setter
-    def epoch(self, begun: int) -> None:
-        self._batches.epoch = begun
-
-    def __iter__(self) -> Iterator[Batch]:
-        return iter(self._track(self._batches, len(self._batches)))
 
 
 def _draw(run: RunDir, recipe: Recipe, history: list[Epoch], images: ImageSet, evaluation: Evaluation) -> None:

@@ -274,6 +274,9 @@ class TrainSettings:
 class EvaluateSettings:
     """How the validation and test splits are judged."""
 
+    wanted_precision: float = 0.99
+    """Share of right answers, 0.01 to 0.9999, wanted among the images that the classifier does not abstain from.
+    The confidence that this takes is chosen on the validation images and stored with the model."""
     evaluation_batch_size: int = 50
     """Images judged at once, at least 1. Changes speed and memory, never the result beyond rounding."""
     views: Literal["one", "mirror", "six"] = "one"
@@ -284,6 +287,7 @@ class EvaluateSettings:
 
     def __post_init__(self) -> None:
         """Refuses impossible values."""
+        _require_range("wanted_precision", self.wanted_precision, 0.01, 0.9999)
         _require_count("evaluation_batch_size", self.evaluation_batch_size)
         _require_range("num_grid_images", self.num_grid_images, 0, 100)
 

@@ -3,6 +3,7 @@
 import contextlib
 import hashlib
 import json
+import time
 from collections.abc import Callable, Generator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +17,7 @@ if TYPE_CHECKING:
     import torch
 
 METRICS, WEIGHTS, RESULT = "metrics.jsonl", "model.safetensors", "result.json"
+LOOKS, CALIBRATION = "looks.json", "calibration.json"
 STATE, LOCK = "state", ".lock"
 MOST_JSON_BYTES, MOST_TENSOR_BYTES = 256 * 2**20, 4 * 2**30
 """Larger files in a run's folder are not read: no run writes them."""
@@ -120,6 +122,76 @@ class RunDir:
             return load(read_bounded(self.path / WEIGHTS, MOST_TENSOR_BYTES))
         except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
             raise UserError(f"{self.path / WEIGHTS} cannot be read: {error}.") from error
+
+    def write_predictions(
+        self, split: str, logits: "torch.Tensor", labels: "torch.Tensor", classes: tuple[str, ...], images_sha256: str
+    ) -> None:
+        """Writes predictions-SPLIT.parquet, a row for every image in the order of the split.
+
+        Args:
+            split: "validation" or "test".
+            logits: (N, classes) float32.
+            labels: (N,) int64.
+            classes: Class names in the order of the logits.
+            images_sha256: Of the images that were judged, by which two runs are told to have judged the same.
+        """
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        sure, predictions = logits.softmax(1).max(1)
+        table = pa.table(
+            {
+                "label": [classes[index] for index in labels.tolist()],
+                "prediction": [classes[index] for index in predictions.tolist()],
+                "right": (predictions == labels).numpy(),
+                "confidence": sure.numpy(),
+                "logits": pa.FixedSizeListArray.from_arrays(logits.contiguous().view(-1).numpy(), len(classes)),
+            }
+        ).replace_schema_metadata({"classes": json.dumps(classes), "images_sha256": images_sha256})
+        with writing_whole(self.path / f"predictions-{split}.parquet") as temporary:
+            pq.write_table(table, temporary)
+
+    def read_predictions(self, split: str) -> "tuple[torch.Tensor, torch.Tensor, tuple[str, ...], str]":
+        """Reads what `write_predictions` wrote: logits, labels, classes, and the hash of the images."""
+        import io
+
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+        import torch
+
+        path = self.path / f"predictions-{split}.parquet"
+        if not path.exists():
+            raise UserError(
+                f"{self.path} holds no predictions for its {split} images; `dynaconv evaluate {self.path} --split "
+                f"{split}` makes them."
+            )
+        try:
+            table = pq.read_table(io.BytesIO(read_bounded(path, MOST_TENSOR_BYTES)), columns=["label", "logits"])
+            about = {name.decode(): value.decode() for name, value in (table.schema.metadata or {}).items()}
+            classes = tuple(str(name) for name in json.loads(about["classes"]))
+            place = {name: index for index, name in enumerate(classes)}
+            labels = torch.tensor([place[name] for name in table["label"].to_pylist()], dtype=torch.int64)
+            rows = table["logits"].combine_chunks().flatten().to_numpy(zero_copy_only=False)
+            logits = torch.tensor(rows, dtype=torch.float32).view(len(labels), len(classes))
+            return logits, labels, classes, about["images_sha256"]
+        except (pa.ArrowException, OSError, ValueError, KeyError, TypeError, RuntimeError, RecursionError) as error:
+            raise UserError(f"{path} cannot be read: it is damaged, or was written by something else.") from error
+
+    def add_look(self, command: str) -> int:
+        """Records a look at the test images, before it is taken; returns how many there were, this one included."""
+        looks = [*self.looks(), {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "command": command}]
+        self.write_json(LOOKS, looks)
+        return len(looks)
+
+    def looks(self) -> list[Any]:
+        """Returns the looks that were taken at the test images, the oldest first."""
+        if not (self.path / LOOKS).exists():
+            ended = (self.path / RESULT).exists()  # a run from before looks were listed: its end was one
+            return [{"time": None, "command": "the end of the training"}] if ended else []
+        looks = self.read_json(LOOKS)
+        if not isinstance(looks, list):
+            raise UserError(f"{self.path / LOOKS} is no list of looks; it was altered.")
+        return looks
 
     def write_metrics(self, epochs: list[dict[str, Any]]) -> None:
         """Writes metrics.jsonl anew: what a stored state does not know of is trained again."""

@@ -4,8 +4,8 @@ import sys
 from collections.abc import Callable, Iterable
 from typing import TextIO
 
-from dynaconv.experiment import Track
 from dynaconv.training.loop import Batch
+from dynaconv.training.tracked import Track
 
 
 def display(stream: TextIO) -> tuple[Callable[[str], None], Track]:

@@ -4,13 +4,16 @@ import pytest
 
 from dynaconv.cli import main
 
-KNOWN_SETTINGS_START = "--data, --run-dir, --check-resume, --check-repeat, --validation-fraction"
+KNOWN_SETTINGS_START = "--data, --run-dir, --seeds, --check-resume, --check-repeat, --validation-fraction"
 
 
 @pytest.mark.parametrize(
     ("words", "sentence"),
     [
-        (["trian"], "Unknown verb 'trian'. Did you mean 'train'? Known: train, labels, resume, recipes."),
+        (
+            ["trian"],
+            "Unknown verb 'trian'. Did you mean 'train'? Known: train, labels, resume, evaluate, compare, recipes.",
+        ),
         (["train", "coursewrok"], "Unknown recipe 'coursewrok'. Did you mean 'coursework'? Known: coursework, fast92."),
         (
             ["train", "none.json"],

@@ -11,12 +11,12 @@ import torch
 
 from dynaconv.errors import UserError
 from dynaconv.judging.corruptions import CORRUPTIONS, SEVERITIES, TITLE, corrupt
+from dynaconv.judging.metrics import Rate
 from dynaconv.judging.robustness import (
     CIFAR10_C,
     Block,
     Cell,
     Robustness,
-    Score,
     judge_blocks,
     judge_robustness,
     read_cifar10_1,
@@ -49,11 +49,11 @@ def always(answer):
 def test_a_network_that_ignores_the_image_keeps_all_of_its_accuracy():
     judged = judge_robustness(always(1), *make_images())
     assert judged.name == TITLE
-    assert judged.clean == Score(10, 30)
+    assert judged.clean == Rate(10, 30)
     assert [(cell.corruption, cell.severity) for cell in judged.cells] == [
         (name, severity) for name in CORRUPTIONS for severity in SEVERITIES
     ]
-    assert {cell.score for cell in judged.cells} == {Score(10, 30)}
+    assert {cell.score for cell in judged.cells} == {Rate(10, 30)}
     assert judged.mean == pytest.approx(1 / 3)
     assert judged.relative == pytest.approx(1)
     assert judged.worst == judged.cells[0], "of equal ones the first"
@@ -68,36 +68,26 @@ def test_a_network_that_knows_only_the_clean_images_loses_everything():
         return torch.eye(4)[[answers.get(image.numpy().tobytes(), 3) for image in batch]]
 
     judged = judge_robustness(predict, images, labels, corruptions=["gaussian_noise", "fog"], severities=[2, 5])
-    assert judged.clean == Score(30, 30)
-    assert [cell.score.correct for cell in judged.cells] == [0] * 4
+    assert judged.clean == Rate(30, 30)
+    assert [cell.score.count for cell in judged.cells] == [0] * 4
     assert (judged.mean, judged.relative) == (0, 0)
 
 
 def test_summaries_by_hand():
     cells = (
-        Cell("a", 1, Score(9, 10)),
-        Cell("a", 2, Score(4, 10)),
-        Cell("b", 1, Score(8, 10)),
-        Cell("b", 2, Score(4, 10)),
+        Cell("a", 1, Rate(9, 10)),
+        Cell("a", 2, Rate(4, 10)),
+        Cell("b", 1, Rate(8, 10)),
+        Cell("b", 2, Rate(4, 10)),
     )
-    judged = Robustness("by hand", 0, Score(10, 10), cells)
+    judged = Robustness("by hand", 0, Rate(10, 10), cells)
     assert judged.mean == pytest.approx(0.625)
     assert judged.relative == pytest.approx(0.625)
     assert judged.worst == cells[1]
     assert judged.by_corruption == pytest.approx({"a": 0.65, "b": 0.6})
-    assert Robustness("", 0, Score(5, 10), cells).relative == pytest.approx(1.25)
-    assert Robustness("", 0, Score(0, 10), cells).relative is None
+    assert Robustness("", 0, Rate(5, 10), cells).relative == pytest.approx(1.25)
+    assert Robustness("", 0, Rate(0, 10), cells).relative is None
     assert Robustness("", None, None, cells).relative is None
-
-
-@pytest.mark.parametrize(("correct", "count"), [(0, 1), (1, 1), (0, 2000), (1234, 2000), (2000, 2000)])
-def test_the_interval_is_wilsons(correct, count):
-    z, share = 1.959963984540054, correct / count
-    middle = (share + z**2 / (2 * count)) / (1 + z**2 / count)
-    reach = z / (1 + z**2 / count) * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))
-    assert Score(correct, count).interval == pytest.approx((middle - reach, middle + reach), abs=1e-9)
-    low, high = Score(correct, count).interval
-    assert 0 <= low <= share <= high <= 1
 
 
 def test_what_json_holds_is_what_was_found():
@@ -106,8 +96,8 @@ def test_what_json_holds_is_what_was_found():
     document = json.loads(json.dumps(judged.as_dict(), allow_nan=False))
     assert document == judged.as_dict()
     assert (document["name"], document["seed"]) == ("dynaconv corruptions, not CIFAR-10-C", 7)
-    low, high = Score(10, 30).interval
-    score = {"correct": 10, "count": 30, "accuracy": 10 / 30, "low": low, "high": high}
+    low, high = Rate(10, 30).interval
+    score = {"value": 10 / 30, "interval": [low, high], "count": 10, "images": 30}
     assert document["clean"] == score
     assert document["cells"] == [{"corruption": "fog", "severity": severity, **score} for severity in (1, 3)]
     assert document["worst"] == document["cells"][0]
@@ -140,7 +130,7 @@ def test_a_limit_judges_the_same_share_of_every_class_corrupted_as_among_all():
         severities=[2],
         batch_size=100,
     )
-    assert judged.clean == Score(10, 30)
+    assert judged.clean == Rate(10, 30)
     indices = seen[0][:, 0, 0, 0].long()
     assert labels[indices].bincount().tolist() == [10, 10, 10]
     for batch, name in zip(seen[1:], ("snow", "elastic"), strict=True):
@@ -157,8 +147,8 @@ def test_the_default_limit_is_two_thousand_and_none_judges_all():
     images = torch.zeros(1, 1, 8, 8, dtype=torch.uint8).expand(2500, 1, 8, 8)
     labels = torch.arange(2500) % 10
     kinds = {"corruptions": ["brightness"], "severities": [1]}
-    assert judge_robustness(always(0), images, labels, **kinds).clean == Score(200, 2000)
-    assert judge_robustness(always(0), images, labels, limit=None, **kinds).clean == Score(250, 2500)
+    assert judge_robustness(always(0), images, labels, **kinds).clean == Rate(200, 2000)
+    assert judge_robustness(always(0), images, labels, limit=None, **kinds).clean == Rate(250, 2500)
 
 
 @pytest.mark.parametrize("batch_size", [1, 7, 500])
@@ -200,13 +190,13 @@ def test_grey_images_skip_saturation():
 def test_one_image_is_enough_and_absent_classes_do_no_harm():
     images, _ = make_images(1)
     judged = judge_robustness(always(2), images, torch.tensor([2]), severities=[1])
-    assert (judged.mean, judged.clean) == (1, Score(1, 1))
+    assert (judged.mean, judged.clean) == (1, Rate(1, 1))
 
 
 def test_a_network_that_gives_nan_is_never_right():
     images, labels = make_images()
     broken = judge_robustness(lambda batch: always(0)(batch) * math.nan, images, labels, corruptions=["fog"])
-    assert broken.clean == Score(0, 30)
+    assert broken.clean == Rate(0, 30)
     assert broken.mean == 0
 
 
@@ -278,9 +268,9 @@ def test_cifar10_c_is_judged_under_its_own_name(cifar10_c):
         answers = torch.where(batch[:, 2, 0, 0] == 0, 3, torch.where(batch[:, 1, 0, 0] <= 3, 0, 5))
         return torch.eye(10)[answers.long()]
 
-    judged = judge_blocks(predict, read_cifar10_c(cifar10_c, COUNT), "CIFAR-10-C", clean=Score(4, 4), batch_size=3)
+    judged = judge_blocks(predict, read_cifar10_c(cifar10_c, COUNT), "CIFAR-10-C", clean=Rate(4, 4), batch_size=3)
     assert (judged.name, judged.seed) == ("CIFAR-10-C", None)
-    assert [cell.score.correct for cell in judged.cells] == [2, 2, 2, 1, 1] * 15
+    assert [cell.score.count for cell in judged.cells] == [2, 2, 2, 1, 1] * 15
     assert judged.mean == pytest.approx(0.4)
     assert judged.relative == pytest.approx(0.4)
     assert judged.worst.severity == 4

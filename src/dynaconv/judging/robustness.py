@@ -9,12 +9,12 @@ from typing import Any, NamedTuple, TypeAlias
 import numpy as np
 import numpy.typing as npt
 import torch
-from scipy import stats
 
 from dynaconv.data.cifar10 import CLASSES
 from dynaconv.data.split import split_stratified
 from dynaconv.errors import UserError, unknown
 from dynaconv.judging.corruptions import SEVERITIES, TITLE, corrupt, corruptions_for
+from dynaconv.judging.metrics import Rate
 
 Predict: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 """(N, C, H, W) uint8 to logits, (N, classes) float, on any device."""
@@ -40,36 +40,12 @@ class Block(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Score:
-    """How many of some images were classified correctly: `correct` of `count`, at least one."""
-
-    correct: int
-    count: int
-
-    @property
-    def accuracy(self) -> float:
-        """Share of images classified correctly, 0 to 1."""
-        return self.correct / self.count
-
-    @property
-    def interval(self) -> tuple[float, float]:
-        """The 95% interval of Wilson around the accuracy, both from 0 to 1."""
-        found = stats.binomtest(self.correct, self.count).proportion_ci(method="wilson")
-        return float(found.low), float(found.high)
-
-    def as_dict(self) -> dict[str, float | int]:
-        """Returns the counts, the accuracy and its interval as plain values."""
-        low, high = self.interval
-        return {"correct": self.correct, "count": self.count, "accuracy": self.accuracy, "low": low, "high": high}
-
-
-@dataclass(frozen=True)
 class Cell:
     """The score on one corruption at one severity."""
 
     corruption: str
     severity: int
-    score: Score
+    score: Rate
 
 
 @dataclass(frozen=True)
@@ -85,30 +61,30 @@ class Robustness:
 
     name: str
     seed: int | None
-    clean: Score | None
+    clean: Rate | None
     cells: tuple[Cell, ...]
 
     @property
     def mean(self) -> float:
         """Mean accuracy of all cells, 0 to 1."""
-        return math.fsum(cell.score.accuracy for cell in self.cells) / len(self.cells)
+        return math.fsum(cell.score.value for cell in self.cells) / len(self.cells)
 
     @property
     def worst(self) -> Cell:
         """The cell with the lowest accuracy; of equal ones the first."""
-        return min(self.cells, key=lambda cell: cell.score.accuracy)
+        return min(self.cells, key=lambda cell: cell.score.value)
 
     @property
     def relative(self) -> float | None:
         """Mean accuracy over clean accuracy; None without a clean one, or if it is zero."""
-        return self.mean / self.clean.accuracy if self.clean and self.clean.correct else None
+        return self.mean / self.clean.value if self.clean and self.clean.count else None
 
     @property
     def by_corruption(self) -> dict[str, float]:
         """Mean accuracy of every corruption over its severities, in the order of the cells."""
         accuracies: dict[str, list[float]] = {}
         for cell in self.cells:
-            accuracies.setdefault(cell.corruption, []).append(cell.score.accuracy)
+            accuracies.setdefault(cell.corruption, []).append(cell.score.value)
         return {name: math.fsum(values) / len(values) for name, values in accuracies.items()}
 
     def as_dict(self) -> dict[str, Any]:
@@ -174,7 +150,7 @@ def judge_robustness(
         ...     bright = batch.float().mean((1, 2, 3)) - 80
         ...     return torch.stack([-bright, bright], dim=1)
         >>> judged = judge_robustness(predict, images, torch.tensor([0, 1]), corruptions=["brightness"])
-        >>> [cell.score.accuracy for cell in judged.cells], judged.relative
+        >>> [cell.score.value for cell in judged.cells], judged.relative
         ([1.0, 1.0, 1.0, 1.0, 0.5], 0.9)
     """
     chosen = _choose_corruptions(images, labels, corruptions, severities, limit)
@@ -218,7 +194,7 @@ def judge_blocks(
     blocks: Iterable[Block],
     name: str,
     *,
-    clean: Score | None = None,
+    clean: Rate | None = None,
     batch_size: int = 500,
     notify: Callable[[Cell], None] = _say_nothing,
 ) -> Robustness:
@@ -228,7 +204,7 @@ def judge_blocks(
         predict: As in `judge_robustness`.
         blocks: At least one, as `read_cifar10_c` and `read_cifar10_1` give them.
         name: What they are called: "CIFAR-10-C", "CIFAR-10.1 v6".
-        clean: Score on the uncorrupted images, if they have been judged.
+        clean: Rate on the uncorrupted images, if they have been judged.
         batch_size: Images given to `predict` at once.
         notify: Receives each cell as soon as it is known.
 
@@ -246,7 +222,7 @@ def judge_blocks(
 
 
 @torch.no_grad()
-def _score(predict: Predict, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Score:
+def _score(predict: Predict, batches: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> Rate:
     correct = count = 0
     for images, labels in batches:
         logits = predict(images)
@@ -257,7 +233,7 @@ def _score(predict: Predict, batches: Iterable[tuple[torch.Tensor, torch.Tensor]
         correct, count = correct + int(hits.sum()), count + len(images)
     if count == 0:
         raise ValueError("needs at least one image, received none")
-    return Score(correct, count)
+    return Rate(correct, count)
 
 
 def read_cifar10_c(folder: Path, count: int = 10_000) -> Iterator[Block]:

@@ -1,0 +1,265 @@
+"""The judgement of runs: one after its training or whenever it is asked for, and two against each other."""
+
+import json
+import shlex
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from dynaconv.data.augment import normalize, to_tensor
+from dynaconv.data.cifar10 import CLASSES
+from dynaconv.data.images import ImageSet
+from dynaconv.data.sources import load_images, options_of
+from dynaconv.device import computing_in, keep_freed_memory, pick_device, pick_precision, use_threads
+from dynaconv.errors import UserError
+from dynaconv.files import writing_whole
+from dynaconv.judging.comparison import Comparison, Judged, compare, tell_classes, tell_scope, tell_test, tell_verdict
+from dynaconv.judging.evaluate import Evaluation, evaluate
+from dynaconv.judging.judgement import Calibration, calibrate, judge, tell, worst_mistakes
+from dynaconv.judging.robustness import Robustness, judge_blocks, judge_robustness, read_cifar10_1, read_cifar10_c
+from dynaconv.judging.trained import Trained, load_judged_images, load_trained
+from dynaconv.reporting.figures import draw_pictures, save_figure
+from dynaconv.rundir import CALIBRATION, RESULT, RunDir
+
+SHOWN = 20
+"""Pictures on a sheet."""
+
+
+def store_judgement(
+    run: RunDir, split: str, evaluation: Evaluation, images: ImageSet, calibration: Calibration
+) -> dict[str, Any]:
+    """Writes what a run's network says about a split: figures, predictions, and its surest mistakes as a picture.
+
+    Args:
+        run: The run.
+        split: "validation" or "test".
+        evaluation: Of the network on `images`, one view each.
+        images: The images of the split, in the classes of the network.
+        calibration: Fitted on the validation images.
+
+    Returns:
+        What evaluation-SPLIT.json holds.
+    """
+    document = {"split": split, "views": "one", **judge(evaluation, images.classes, calibration)}
+    run.write_json(f"evaluation-{split}.json", document)
+    run.write_predictions(split, evaluation.logits, evaluation.labels, images.classes, images.sha256())
+    worst = worst_mistakes(evaluation, SHOWN)
+    if len(worst):
+        sure = evaluation.logits.softmax(1).amax(1)
+        captions = [
+            f"{images.classes[evaluation.predictions[place]]}, {sure[place]:.0%} sure\n"
+            f"actual: {images.classes[evaluation.labels[place]]}"
+            for place in worst
+        ]
+        title = f"The {len(worst)} surest mistakes on the {split} images"
+        pictures = images.images[worst.to(images.images.device)]
+        save_figure(draw_pictures(pictures, captions, title, 5), run.figure(f"mistakes-{split}"))
+    return document
+
+
+def evaluate_run(
+    path: Path,
+    split: str = "validation",
+    views: str = "one",
+    robustness: bool = False,
+    cifar10_c: Path | None = None,
+    cifar10_1: Path | None = None,
+    say: Callable[[str], None] = print,
+) -> dict[str, Any]:
+    """Judges the network of a finished run again, and stores what was found in its folder.
+
+    Args:
+        path: Folder of the run.
+        split: "validation", or "test", which is recorded in the run as a look at the test images.
+        views: "one", "mirror" or "six": the views whose logits are averaged.
+        robustness: Judge 2,000 images under this project's own corruptions as well.
+        cifar10_c: Folder with the files of CIFAR-10-C, judged as well.
+        cifar10_1: Folder with the files of CIFAR-10.1, judged as well.
+        say: Shows a line to the user.
+
+    Returns:
+        The figures, as `judge` has them; more under "robustness", by name, where that was asked for.
+
+    Raises:
+        UserError: no finished run, other images than those of the run, or files that are not what they should be.
+    """
+    device = pick_device("auto")
+    keep_freed_memory()
+    trained = load_finished(path, device)
+    train = trained.recipe.train
+    use_threads(train.threads)
+    precision = pick_precision(train.precision, device, say)
+    if (cifar10_c or cifar10_1) and trained.classes != CLASSES:
+        raise UserError(f"The classes of {path} are not those of CIFAR-10; it cannot be judged on their images.")
+    others = [
+        *([("CIFAR-10-C", read_cifar10_c(cifar10_c))] if cifar10_c else []),
+        *([("CIFAR-10.1 v6", read_cifar10_1(cifar10_1))] if cifar10_1 else []),
+    ]
+    with computing_in(precision, device):
+        document = _judge_split(trained, split, views, device, say)
+        images = _load(trained, split, device) if robustness else None
+        found: dict[str, Robustness] = {}
+        predict = _predictor(trained, device)
+        if images is not None:
+            found["own"] = judge_robustness(predict, images.images, images.labels)
+        for name, blocks in others:
+            found[name] = judge_blocks(predict, blocks, name)
+    for each in found.values():
+        _tell_robustness(each, say)
+    if not found:
+        return document
+    stored = {name: each.as_dict() for name, each in found.items()}
+    trained.run.write_json(f"robustness-{split}.json", stored)
+    return {**document, "robustness": stored}
+
+
+def load_finished(path: Path, device: torch.device) -> Trained:
+    """Reads the network of a run that has ended; raises UserError for one that has not."""
+    trained = load_trained(path, device)
+    if not (path / RESULT).exists():
+        raise UserError(f"The run in {path} has not finished; go on with it: dynaconv resume {path}.")
+    return trained
+
+
+def _judge_split(
+    trained: Trained, split: str, views: str, device: torch.device, say: Callable[[str], None]
+) -> dict[str, Any]:
+    run, recipe = trained.run, trained.recipe
+
+    def look(which: str) -> tuple[ImageSet, Evaluation]:
+        images = _load(trained, which, device)
+        return images, evaluate(trained.network, images, recipe, views)
+
+    held_out = bool(run.read_json("split.json").get("validation"))
+    if split == "test" and views == "one" and (run.path / CALIBRATION).exists():
+        validation = None
+        calibration = Calibration.from_dict(run.read_json(CALIBRATION), str(run.path / CALIBRATION))
+    else:
+        validation = look("validation") if held_out else None
+        calibration = calibrate(validation and validation[1], recipe.evaluate.wanted_precision)
+    if split == "test":
+        count = run.add_look(shlex.join(["dynaconv", *sys.argv[1:]]))
+        say(f"This is look {count} at the test images by this run; each is recorded.")
+        images, evaluation = look("test")
+    elif validation is None:
+        raise UserError(f"The run {run.path} held no image out for validation; judge it with --split test.")
+    else:
+        images, evaluation = validation
+    if views == "one":
+        run.write_json(CALIBRATION, calibration.as_dict())
+        document = store_judgement(run, split, evaluation, images, calibration)
+    else:
+        document = {"split": split, "views": views, **judge(evaluation, images.classes, calibration)}
+        run.write_json(f"evaluation-{split}-{views}.json", document)
+    for line in tell(document, split if views == "one" else f"{split}, {views} views averaged"):
+        say(line)
+    return document
+
+
+def _load(trained: Trained, split: str, device: torch.device) -> ImageSet:
+    return load_judged_images(trained, split, options_of(trained.recipe.data)).to(device)
+
+
+def _predictor(trained: Trained, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+    def predict(batch: torch.Tensor) -> torch.Tensor:
+        return trained.network(normalize(to_tensor(batch.to(device)), trained.recipe.augment)).float().cpu()
+
+    return predict
+
+
+def _tell_robustness(found: Robustness, say: Callable[[str], None]) -> None:
+    clean = f", {found.clean.value:.2%} uncorrupted" if found.clean else ""
+    say(f"{found.name}: {found.mean:.2%} on average{clean}; worst: {found.worst.corruption}, severity "
+        f"{found.worst.severity}, {found.worst.score.value:.2%}")  # fmt: skip
+    for name, accuracy in found.by_corruption.items():
+        say(f"  {name:<22} {accuracy:.2%}")
+
+
+def compare_runs(
+    first: Path, second: Path, split: str = "test", into: Path | None = None, say: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """Says whether one run, or one recipe with several seeds, is really better than another on the same images.
+
+    Args:
+        first: Folder of a finished run, or one that holds several as `train --seeds` makes it.
+        second: As `first`.
+        split: The images to compare on: "test" or "validation". Their predictions were stored when they were judged.
+        into: Folder that is made for comparison.json and a picture of images that flipped; None writes nothing.
+        say: Shows a line to the user.
+
+    Returns:
+        `Comparison.as_dict`.
+
+    Raises:
+        UserError: no finished runs, or not judged on the same images.
+    """
+    if into is not None:
+        RunDir.require_free(into)
+    names = (str(first), str(second))
+    if first.resolve() == second.resolve():
+        raise UserError(f"{first} and {second} are the same folder; compare two runs.")
+    found = compare(_read_side(first, split), _read_side(second, split), names)
+    for line in (tell_verdict(found), tell_scope(found), tell_test(found), *tell_classes(found)):
+        say(line)
+    if into is not None:
+        into.mkdir(parents=True, exist_ok=True)
+        with writing_whole(into / "comparison.json") as temporary:
+            temporary.write_text(json.dumps(found.as_dict(), indent=2) + "\n")
+        _draw_flips(found, first, second, split, into / "flips.png")
+        say(f"Figures and pictures: {into}")
+    return found.as_dict()
+
+
+def runs_in(path: Path) -> list[Path]:
+    """Returns the run in a folder, or the runs with several seeds in it; raises UserError if there is none."""
+    runs = (
+        [path] if (path / "recipe.json").is_file() else sorted(each.parent for each in path.glob("seed-*/recipe.json"))
+    )
+    if not runs:
+        raise UserError(f"{path} is not the folder of a run, and holds none (seed-*).")
+    return runs
+
+
+def _read_side(path: Path, split: str) -> list[Judged]:
+    side: list[Judged] = []
+    for each in runs_in(path):
+        if not (each / RESULT).exists():
+            raise UserError(f"The run in {each} has not finished; go on with it: dynaconv resume {each}.")
+        logits, labels, classes, digest = RunDir.open(each).read_predictions(split)
+        side.append(Judged(logits.argmax(1), labels, classes, digest))
+    return side
+
+
+def _draw_flips(found: Comparison, first: Path, second: Path, split: str, path: Path) -> None:
+    """Draws images that one side has right and the other wrong, where the images are at hand."""
+    half = SHOWN // 2
+    lost, gained = found.right_to_wrong.indices[:half], found.wrong_to_right.indices[:half]
+    if not lost and not gained:
+        return
+    run = RunDir.open(runs_in(first)[0])
+    recipe = run.read_recipe()
+    options = options_of(recipe.data)
+    logits, _, classes, digest = run.read_predictions(split)
+    images = load_images(recipe.data.source, "test" if split == "test" else "train", options)
+    if split == "validation":
+        images = images.subset(torch.tensor(run.read_json("split.json")["validation"]))
+    images = images.with_classes(classes)
+    if images.sha256() != digest:
+        return  # the source has changed since; the figures hold all the same
+    other, *_ = RunDir.open(runs_in(second)[0]).read_predictions(split)
+    places = torch.tensor([*lost, *gained])
+    captions = [
+        f"actual: {classes[label]}\nA {classes[mine]}, B {classes[theirs]}"
+        for label, mine, theirs in _told(images.labels, logits.argmax(1), other.argmax(1), places)
+    ]
+    title = f"Right in A ({first}) alone: the first {len(lost)}; in B ({second}) alone: the rest"
+    save_figure(draw_pictures(images.images[places], captions, title, 5), path)
+
+
+def _told(*columns: torch.Tensor) -> Iterator[tuple[int, ...]]:
+    """Yields the values of the columns at the places in the last one."""
+    *values, places = columns
+    return zip(*(column[places].tolist() for column in values), strict=True)
