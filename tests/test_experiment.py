@@ -70,6 +70,8 @@ def test_folder(finished):
         "metrics.jsonl",
         "model.json",
         "model.safetensors",
+        "pictures-test.json",
+        "pictures-validation.json",
         "predictions-test.parquet",
         "predictions-validation.parquet",
         "recipe.json",

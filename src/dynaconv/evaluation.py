@@ -1,5 +1,6 @@
 """The judgement of runs: one after its training or whenever it is asked for, and two against each other."""
 
+import base64
 import json
 import shlex
 import sys
@@ -16,20 +17,20 @@ from dynaconv.data.sources import load_images, options_of
 from dynaconv.device import computing_in, keep_freed_memory, pick_device, pick_precision, use_threads
 from dynaconv.errors import UserError
 from dynaconv.files import writing_whole
-from dynaconv.judging.comparison import Comparison, Judged, compare, tell_classes, tell_scope, tell_test, tell_verdict
+from dynaconv.judging.comparison import Comparison, compare, tell_classes, tell_scope, tell_test, tell_verdict
 from dynaconv.judging.evaluate import Evaluation, evaluate
 from dynaconv.judging.judgement import Calibration, calibrate, judge, tell, worst_mistakes
 from dynaconv.judging.robustness import Robustness, judge_blocks, judge_robustness, read_cifar10_1, read_cifar10_c
-from dynaconv.judging.trained import Trained, load_judged_images, load_trained
-from dynaconv.reporting.figures import draw_pictures, save_figure
-from dynaconv.rundir import CALIBRATION, RESULT, RunDir
+from dynaconv.judging.trained import Trained, load_judged_images, load_trained, read_side, require_finished, runs_in
+from dynaconv.reporting.figures import draw_pictures, save_figure, to_png
+from dynaconv.rundir import CALIBRATION, RunDir
 
 SHOWN = 20
 """Pictures on a sheet."""
 
 
 def store_judgement(
-    run: RunDir, split: str, evaluation: Evaluation, images: ImageSet, calibration: Calibration
+    run: RunDir, split: str, evaluation: Evaluation, images: ImageSet, calibration: Calibration, seed: int
 ) -> dict[str, Any]:
     """Writes what a run's network says about a split: figures, predictions, and its surest mistakes as a picture.
 
@@ -39,6 +40,7 @@ def store_judgement(
         evaluation: Of the network on `images`, one view each.
         images: The images of the split, in the classes of the network.
         calibration: Fitted on the validation images.
+        seed: Of the choice of random pictures.
 
     Returns:
         What evaluation-SPLIT.json holds.
@@ -47,6 +49,9 @@ def store_judgement(
     run.write_json(f"evaluation-{split}.json", document)
     run.write_predictions(split, evaluation.logits, evaluation.labels, images.classes, images.sha256())
     worst = worst_mistakes(evaluation, SHOWN)
+    chosen = random_places(len(images), SHOWN, seed)
+    pictures = {"random": _picture(images, evaluation, chosen), "mistakes": _picture(images, evaluation, worst)}
+    run.write_json(f"pictures-{split}.json", pictures)
     if len(worst):
         sure = evaluation.logits.softmax(1).amax(1)
         captions = [
@@ -55,9 +60,29 @@ def store_judgement(
             for place in worst
         ]
         title = f"The {len(worst)} surest mistakes on the {split} images"
-        pictures = images.images[worst.to(images.images.device)]
-        save_figure(draw_pictures(pictures, captions, title, 5), run.figure(f"mistakes-{split}"))
+        shown = images.images[worst.to(images.images.device)]
+        save_figure(draw_pictures(shown, captions, title, 5), run.figure(f"mistakes-{split}"))
     return document
+
+
+def random_places(images: int, count: int, seed: int) -> torch.Tensor:
+    """Returns the places of `count` random images, fewer where there are fewer; the seed chooses them."""
+    return torch.randperm(images, generator=torch.Generator().manual_seed(seed))[:count]
+
+
+def _picture(images: ImageSet, evaluation: Evaluation, places: torch.Tensor) -> list[dict[str, Any]]:
+    """Returns the pictures at some places with what is said about them, as JSON values."""
+    sure = evaluation.logits.softmax(1).amax(1)
+    return [
+        {
+            "place": place,
+            "label": images.classes[int(evaluation.labels[place])],
+            "prediction": images.classes[int(evaluation.predictions[place])],
+            "confidence": float(sure[place]),
+            "png": base64.b64encode(to_png(images.images[place])).decode(),
+        }
+        for place in places.tolist()
+    ]
 
 
 def evaluate_run(
@@ -119,8 +144,7 @@ def evaluate_run(
 def load_finished(path: Path, device: torch.device) -> Trained:
     """Reads the network of a run that has ended; raises UserError for one that has not."""
     trained = load_trained(path, device)
-    if not (path / RESULT).exists():
-        raise UserError(f"The run in {path} has not finished; go on with it: dynaconv resume {path}.")
+    require_finished(path)
     return trained
 
 
@@ -150,7 +174,7 @@ def _judge_split(
         images, evaluation = validation
     if views == "one":
         run.write_json(CALIBRATION, calibration.as_dict())
-        document = store_judgement(run, split, evaluation, images, calibration)
+        document = store_judgement(run, split, evaluation, images, calibration, recipe.train.seed)
     else:
         document = {"split": split, "views": views, **judge(evaluation, images.classes, calibration)}
         run.write_json(f"evaluation-{split}-{views}.json", document)
@@ -201,7 +225,7 @@ def compare_runs(
     names = (str(first), str(second))
     if first.resolve() == second.resolve():
         raise UserError(f"{first} and {second} are the same folder; compare two runs.")
-    found = compare(_read_side(first, split), _read_side(second, split), names)
+    found = compare(read_side(first, split), read_side(second, split), names)
     for line in (tell_verdict(found), tell_scope(found), tell_test(found), *tell_classes(found)):
         say(line)
     if into is not None:
@@ -211,26 +235,6 @@ def compare_runs(
         _draw_flips(found, first, second, split, into / "flips.png")
         say(f"Figures and pictures: {into}")
     return found.as_dict()
-
-
-def runs_in(path: Path) -> list[Path]:
-    """Returns the run in a folder, or the runs with several seeds in it; raises UserError if there is none."""
-    runs = (
-        [path] if (path / "recipe.json").is_file() else sorted(each.parent for each in path.glob("seed-*/recipe.json"))
-    )
-    if not runs:
-        raise UserError(f"{path} is not the folder of a run, and holds none (seed-*).")
-    return runs
-
-
-def _read_side(path: Path, split: str) -> list[Judged]:
-    side: list[Judged] = []
-    for each in runs_in(path):
-        if not (each / RESULT).exists():
-            raise UserError(f"The run in {each} has not finished; go on with it: dynaconv resume {each}.")
-        logits, labels, classes, digest = RunDir.open(each).read_predictions(split)
-        side.append(Judged(logits.argmax(1), labels, classes, digest))
-    return side
 
 
 def _draw_flips(found: Comparison, first: Path, second: Path, split: str, path: Path) -> None:

@@ -24,7 +24,7 @@ from dynaconv.device import (
     use_threads,
 )
 from dynaconv.errors import UserError, WorkError
-from dynaconv.evaluation import store_judgement
+from dynaconv.evaluation import random_places, store_judgement
 from dynaconv.judging.evaluate import Evaluation, evaluate
 from dynaconv.judging.judgement import calibrate
 from dynaconv.model.network import Network
@@ -218,7 +218,7 @@ def _train_and_judge(work: _Work) -> dict[str, Any]:
     run.write_json(CALIBRATION, calibration.as_dict())
     for split, images in (("validation", data.validation), ("test", test_images)):
         if split in evaluations:
-            store_judgement(run, split, evaluations[split], images, calibration)
+            store_judgement(run, split, evaluations[split], images, calibration, recipe.train.seed)
     result = {
         **_describe_outcome(recipe, data, model, history, evaluations),
         "test_looks": len(run.looks()),
@@ -362,8 +362,7 @@ def _draw(run: RunDir, recipe: Recipe, history: list[Epoch], images: ImageSet, e
     count = min(recipe.evaluate.num_grid_images, len(images))
     if count == 0:
         return
-    generator = torch.Generator().manual_seed(recipe.train.seed)
-    chosen = torch.randperm(len(images), generator=generator)[:count]
+    chosen = random_places(len(images), count, recipe.train.seed)
     predicted = [images.classes[index] for index in evaluation.predictions[chosen].tolist()]
     actual = [images.classes[index] for index in evaluation.labels[chosen].tolist()]
     right = sum(guess == truth for guess, truth in zip(predicted, actual, strict=True))

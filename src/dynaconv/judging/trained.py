@@ -9,10 +9,11 @@ import torch
 from dynaconv.data.images import ImageSet
 from dynaconv.data.sources import SourceOptions, load_images
 from dynaconv.errors import UserError
+from dynaconv.judging.comparison import Judged
 from dynaconv.model.network import Network, build_network
 from dynaconv.recipe import ModelSettings, Recipe
 from dynaconv.recipe_json import read_settings
-from dynaconv.rundir import RunDir
+from dynaconv.rundir import RESULT, RunDir
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,36 @@ def load_trained(path: Path, device: torch.device) -> Trained:
     network = build_network(architecture, channels, len(classes), side, seed=0)
     _fill(network, run.read_weights(), path)
     return Trained(run, recipe, network.to(device).eval(), tuple(classes), channels, side)
+
+
+def require_finished(path: Path) -> None:
+    """Raises UserError if the run in `path` has not ended."""
+    if not (path / RESULT).exists():
+        raise UserError(f"The run in {path} has not finished; go on with it: dynaconv resume {path}.")
+
+
+def runs_in(path: Path) -> list[Path]:
+    """Returns the run in a folder, or the runs with several seeds in it; raises UserError if there is none."""
+    runs = (
+        [path] if (path / "recipe.json").is_file() else sorted(each.parent for each in path.glob("seed-*/recipe.json"))
+    )
+    if not runs:
+        raise UserError(f"{path} is not the folder of a run, and holds none (seed-*).")
+    return runs
+
+
+def read_side(path: Path, split: str) -> list[Judged]:
+    """Reads what the run in a folder, or the runs with several seeds in it, predict for a split.
+
+    Raises:
+        UserError: there is none, or one has not finished or was not judged on that split.
+    """
+    side: list[Judged] = []
+    for each in runs_in(path):
+        require_finished(each)
+        logits, labels, classes, digest = RunDir.open(each).read_predictions(split)
+        side.append(Judged(logits.argmax(1), labels, classes, digest))
+    return side
 
 
 def load_judged_images(trained: Trained, split: str, options: SourceOptions) -> ImageSet:

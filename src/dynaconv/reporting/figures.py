@@ -1,5 +1,6 @@
 """The figures of a run: curves of loss and accuracy, and a grid of pictures with predicted and actual class."""
 
+import io
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
+from PIL import Image
 
 from dynaconv.files import writing_whole
 
@@ -92,6 +94,14 @@ def draw_pictures(
             colour = VALIDATION if is_framed else TRAINING
             spine.set(color=colour, linewidth=4 if is_framed else 1, linestyle=(0, (2, 1)) if is_framed else "-")
     return figure
+
+
+def to_png(image: torch.Tensor) -> bytes:
+    """Encodes one (C, H, W) uint8 image, C 1 or 3, as PNG."""
+    pixels = image.cpu().permute(1, 2, 0).numpy()
+    buffer = io.BytesIO()
+    Image.fromarray(pixels[:, :, 0] if pixels.shape[2] == 1 else pixels).save(buffer, "PNG")
+    return buffer.getvalue()
 
 
 def save_figure(figure: Figure, path: Path) -> None:
