@@ -153,6 +153,20 @@ def parse_compare(words: list[str]) -> Any:
     )
 
 
+def parse_report(words: list[str]) -> tuple[list[Path], Path | None]:
+    """Parses RUN [RUN ...] [--into FILE]; returns the runs, and the file if one was named; errors as elsewhere."""
+    folders = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
+    first = _take_folders(words[:1] + words[len(folders) :], "report", "dynaconv report runs/first", ["run"])
+    options = _parse_options(
+        first,
+        "report RUN [RUN ...]",
+        "Writes one HTML page about runs that opens anywhere, and model-card.md beside it.",
+        _folder("run", "Folder of a finished run; further ones are set beside it."),
+        _option(Path | None, "into", "The HTML file. None takes report.html in the first run's folder."),
+    )
+    return [Path(folder) for folder in folders], options.into
+
+
 def _take_folders(words: list[str], verb: str, example: str, names: list[str]) -> list[str]:
     """Gives the folders that stand first in a command their names, as options; raises UserError if one is missing."""
     words = [_spell_out(word) for word in words]

@@ -30,6 +30,8 @@ verbs:
              judge a run's network: intervals, every class, calibration, corruptions
   compare A B [--split validation] [--into DIR]
              say whether one run, or several with different seeds, is really better than another
+  report RUN [RUN ...] [--into FILE]
+             write one HTML page about a run, or several side by side, and a model card
   recipes    the named recipes, with what each costs and reaches
 
 options:
@@ -151,6 +153,18 @@ def compare(words: "list[str]", people: "TextIO", started: float) -> "dict[str, 
     return compare_runs(options.first, options.second, options.split, options.into, say)
 
 
+def report(words: "list[str]", people: "TextIO", started: float) -> "dict[str, Any]":
+    """The verb `report`."""
+    from dynaconv.arguments import parse_report
+
+    runs, into = parse_report(words)
+    from dynaconv.reporting.report import write_report
+
+    written = [str(path) for path in write_report(runs, into)]
+    people.write(f"Report: {written[0]}\nModel card: {written[1]}\n")
+    return {"report": written[0], "model_card": written[1]}
+
+
 def _tell(result: "dict[str, Any]") -> str:
     """The line that a run ends with."""
     held_out = result["validation_accuracy"]
@@ -202,6 +216,7 @@ VERBS: "dict[str, Callable[[list[str], TextIO, float], Any]]" = {
     "resume": resume,
     "evaluate": evaluate,
     "compare": compare,
+    "report": report,
     "recipes": recipes,
 }
 """Every verb by name: a function of the words after it, the stream for people, and the time of the start."""

@@ -12,7 +12,8 @@ KNOWN_SETTINGS_START = "--data, --run-dir, --seeds, --check-resume, --check-repe
     [
         (
             ["trian"],
-            "Unknown verb 'trian'. Did you mean 'train'? Known: train, labels, resume, evaluate, compare, recipes.",
+            "Unknown verb 'trian'. Did you mean 'train'? "
+            "Known: train, labels, resume, evaluate, compare, report, recipes.",
         ),
         (["train", "coursewrok"], "Unknown recipe 'coursewrok'. Did you mean 'coursework'? Known: coursework, fast92."),
         (

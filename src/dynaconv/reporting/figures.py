@@ -16,6 +16,8 @@ from dynaconv.files import writing_whole
 TRAINING, VALIDATION = "#0072B2", "#D55E00"
 """Blue and vermilion of the Okabe-Ito palette, which people with any colour vision can tell apart."""
 
+QUANTITIES = {"loss": "Cross-entropy per image", "accuracy": "Accuracy"}
+
 
 def draw_curves(history: Sequence[dict[str, Any]]) -> Figure:
     """Draws loss and accuracy of both splits over the epochs.
@@ -24,21 +26,60 @@ def draw_curves(history: Sequence[dict[str, Any]]) -> Figure:
         history: One dictionary per epoch, as in metrics.jsonl; at least one.
     """
     figure = Figure(figsize=(10, 4), layout="constrained")
+    for axes, quantity in zip(figure.subplots(1, 2), QUANTITIES, strict=True):
+        _draw_curve(axes, history, quantity)
+    return figure
+
+
+def draw_curve(history: Sequence[dict[str, Any]], quantity: str) -> Figure:
+    """Draws one half of `draw_curves`, "loss" or "accuracy", for a page where both would be too wide."""
+    figure = Figure(figsize=(5, 4), layout="constrained")
+    _draw_curve(figure.subplots(), history, quantity)
+    return figure
+
+
+def _draw_curve(axes: Axes, history: Sequence[dict[str, Any]], quantity: str) -> None:
     epochs = [epoch["epoch"] for epoch in history]
-    for axes, quantity, title in zip(
-        figure.subplots(1, 2), ("loss", "accuracy"), ("Cross-entropy per image", "Accuracy"), strict=True
-    ):
-        # Marker and dash tell the curves apart without colour; markers only where they do not run into each other.
-        marked = {"markevery": max(1, len(epochs) // 12), "markersize": 4}
-        training = [epoch[f"training_{quantity}"] for epoch in history]
-        validation = [epoch[f"validation_{quantity}"] for epoch in history]
-        axes.plot(epochs, training, "--o", color=TRAINING, label="training (on augmented images)", **marked)
-        if None not in validation:  # a run may hold no image out
-            axes.plot(epochs, validation, "-s", color=VALIDATION, label="validation", **marked)
-        axes.set(title=title, xlabel="epoch")
-        axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-        axes.grid(alpha=0.3)
-        axes.legend()
+    training = [epoch[f"training_{quantity}"] for epoch in history]
+    validation = [epoch[f"validation_{quantity}"] for epoch in history]
+    # Marker and dash tell the curves apart without colour; markers only where they do not run into each other.
+    marked: dict[str, Any] = {"markevery": max(1, len(epochs) // 12), "markersize": 4}
+    axes.plot(epochs, training, "--o", color=TRAINING, label="training (on augmented images)", **marked)
+    if None not in validation:  # a run may hold no image out
+        axes.plot(epochs, validation, "-s", color=VALIDATION, label="validation", **marked)
+    axes.set(title=QUANTITIES[quantity], xlabel="epoch")
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.3)
+    axes.legend()
+
+
+def draw_reliability(calibration: dict[str, Any]) -> Figure:
+    """Draws accuracy against confidence, before and after the temperature, as `judge` stores them."""
+    figure = Figure(figsize=(5, 4), layout="constrained")
+    axes = figure.subplots()
+    axes.plot([0, 1], [0, 1], ":", color="#888888", label="as sure as right")
+    for name, form, colour in (("before", "--o", TRAINING), ("after", "-s", VALIDATION)):
+        bins = calibration[name]["bins"]
+        label = f"{name} the temperature: error {calibration[name]['error']:.4f}"
+        points = [each["confidence"] for each in bins], [each["accuracy"]["value"] for each in bins]
+        axes.plot(*points, form, color=colour, markersize=4, label=label)
+    axes.set(title="Reliability", xlabel="confidence", ylabel="accuracy")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8)
+    return figure
+
+
+def draw_coverage(coverage: Sequence[dict[str, Any]]) -> Figure:
+    """Draws the accuracy of the surest images against their share, with its interval, as `judge` stores them."""
+    figure = Figure(figsize=(5, 4), layout="constrained")
+    axes = figure.subplots()
+    shares = [point["covered"] for point in coverage]
+    low, high = zip(*(point["accuracy"]["interval"] for point in coverage), strict=True)
+    axes.fill_between(shares, low, high, color=TRAINING, alpha=0.2, linewidth=0, label="95% interval")
+    axes.plot(shares, [point["accuracy"]["value"] for point in coverage], "-o", color=TRAINING, markersize=4)
+    axes.set(title="Accuracy of the surest images", xlabel="share of the images that is decided", ylabel="accuracy")
+    axes.grid(alpha=0.3)
+    axes.legend(fontsize=8, loc="lower left")
     return figure
 
 

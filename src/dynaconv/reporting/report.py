@@ -1,0 +1,160 @@
+"""The report of one run or several: one HTML page that needs nothing else, and a model card, from run folders alone."""
+
+import io
+import math
+import re
+import shlex
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import jinja2
+import matplotlib
+from matplotlib.figure import Figure
+
+from dynaconv import __version__
+from dynaconv.errors import UserError
+from dynaconv.files import writing_whole
+from dynaconv.judging.comparison import compare
+from dynaconv.judging.diagnosis import Facts, diagnose
+from dynaconv.judging.trained import read_side, require_finished
+from dynaconv.reporting.figures import QUANTITIES, draw_coverage, draw_curve, draw_reliability
+from dynaconv.rundir import RESULT, RunDir
+
+WATTS_PER_THREAD = 8.0
+"""What a busy thread of a server draws, roughly: for an estimate of the energy, which is marked as one."""
+JOULES_PER_WATT_HOUR = 3600
+
+
+def write_report(paths: Sequence[Path], into: Path | None = None) -> list[Path]:
+    """Writes the report of runs, and the model card of the first.
+
+    Args:
+        paths: Folders of finished runs, at least one. The first is told in full, the others are set beside it.
+        into: The HTML file; None takes report.html in the first run's folder.
+
+    Returns:
+        The files that were written: the report, and model-card.md beside it.
+
+    Raises:
+        UserError: a folder is no run, or one that has not finished, or holds no judgement.
+    """
+    runs = [_read(path) for path in paths]
+    page = into or paths[0] / "report.html"
+    environment = jinja2.Environment(
+        loader=jinja2.PackageLoader("dynaconv.reporting", "templates"),
+        autoescape=jinja2.select_autoescape(["html"]),
+        trim_blocks=True,
+        lstrip_blocks=True,
+        undefined=jinja2.StrictUndefined,
+    )
+    environment.filters.update(percent=_percent, duration=_duration, span=_span)
+    facts = {"run": runs[0], "runs": runs, "comparisons": _compare(paths), "version": __version__}
+    written: list[Path] = []
+    for name, path in (("report.html", page), ("model-card.md", page.with_name("model-card.md"))):
+        text = environment.get_template(name).render(facts)
+        with writing_whole(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        written.append(path)
+    return written
+
+
+def _read(path: Path) -> dict[str, Any]:
+    """Returns all that the templates tell about a run."""
+    run = RunDir.open(path)
+    require_finished(path)
+    recipe = run.read_recipe()
+    result, environment = run.read_json(RESULT), run.read_json("environment.json")
+    history, split = run.read_metrics(), run.read_json("split.json")
+    test = _optional(run, "evaluation-test.json")
+    if test is None:
+        raise UserError(
+            f"The run in {path} holds no judgement, being older than this version; `dynaconv evaluate {path} --split "
+            "test` makes one."
+        )
+    training_accuracy = result.get("train_accuracy")
+    found = diagnose(
+        Facts(
+            epochs=history,
+            recipe=recipe,
+            start=f"{path}/recipe.json",
+            validation_accuracy=result.get("validation_accuracy"),
+            validation_images=result.get("validation_images") or None,
+            training_accuracy=training_accuracy if _is_unaugmented(recipe) else None,
+        )
+    )
+    seconds, threads = result["train_seconds"], environment["threads"]
+    return {
+        "name": path.name or str(path),
+        "path": str(path),
+        "result": result,
+        "environment": environment,
+        "recipe": recipe,
+        "history": history,
+        "test": test,
+        "validation": _optional(run, "evaluation-validation.json"),
+        "pictures": _optional(run, "pictures-test.json"),
+        "robustness": _optional(run, "robustness-test.json") or _optional(run, "robustness-validation.json"),
+        "looks": run.looks(),
+        "diagnosis": found,
+        "training_images": split.get("num_train") if isinstance(split, dict) else None,
+        "curves": [_as_svg(draw_curve(history, quantity)) for quantity in QUANTITIES],
+        "reliability": _as_svg(draw_reliability(test["calibration"])),
+        "coverage": _as_svg(draw_coverage(test["coverage"])),
+        "most_confusion": max((max(row) for row in test["confusion"]), default=1),
+        "watt_hours": seconds * threads * WATTS_PER_THREAD / JOULES_PER_WATT_HOUR,
+        "again": shlex.join(["dynaconv", "train", f"{path}/recipe.json", "--run-dir", f"{path}-again"]),
+    }
+
+
+def _is_unaugmented(recipe: Any) -> bool:
+    augment = recipe.augment
+    return not any((augment.degrees, augment.translate, augment.flip, augment.brightness))
+
+
+def _optional(run: RunDir, name: str) -> Any:
+    return run.read_json(name) if (run.path / name).exists() else None
+
+
+def _compare(paths: Sequence[Path]) -> list[dict[str, Any]]:
+    """Compares every further run with the first, on the test images."""
+    found: list[dict[str, Any]] = []
+    for other in paths[1:]:
+        names = (str(paths[0]), str(other))
+        try:
+            found.append(compare(read_side(paths[0], "test"), read_side(other, "test"), names).as_dict())
+        except UserError as error:
+            found.append({"names": list(names), "words": [f"Cannot be compared: {error}"]})
+    return found
+
+
+def _as_svg(figure: Figure) -> str:
+    """Returns a figure as SVG inside a page: its text is text, in the page's colour."""
+    buffer = io.StringIO()
+    # A fixed salt, so that the same run gives the same page.
+    with matplotlib.rc_context({"svg.fonttype": "none", "svg.hashsalt": "dynaconv", "font.family": "sans-serif"}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata={"Date": None})
+    drawn = buffer.getvalue()
+    drawn = drawn[drawn.index("<svg") :]
+    drawn = re.sub(r"<metadata>.*?</metadata>", "", drawn, flags=re.DOTALL)
+    drawn = re.sub(r'(<svg[^>]*?) height="[^"]*"([^>]*?) width="[^"]*"', r"\1\2", drawn, count=1)
+    drawn = re.sub(r'(<svg[^>]*?) width="[^"]*"([^>]*?) height="[^"]*"', r"\1\2", drawn, count=1)
+    drawn = re.sub(r"stroke: #(000000|b0b0b0|cccccc)", "stroke: currentColor", drawn)
+    drawn = re.sub(r"fill: #ffffff", "fill: none", drawn)
+    drawn = drawn.replace("<svg ", '<svg aria-hidden="true" focusable="false" fill="currentColor" ', 1)
+    return drawn
+
+
+def _percent(value: float | None, digits: int = 2) -> str:
+    return "none" if value is None else f"{value:.{digits}%}"
+
+
+def _span(interval: Sequence[float]) -> str:
+    return f"{interval[0]:.2%} to {interval[1]:.2%}"
+
+
+def _duration(seconds: float) -> str:
+    if seconds < 90:
+        return f"{seconds:.0f} s"
+    minutes = seconds / 60
+    return f"{minutes:.0f} min" if minutes < 90 else f"{math.floor(minutes / 60)} h {minutes % 60:.0f} min"
