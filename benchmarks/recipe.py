@@ -3,8 +3,8 @@
 Commands: python benchmarks/recipe.py coursework --seeds 0 1 2
           python benchmarks/recipe.py fast92 --seeds 0 1 2 3 4 --all-images    (none held out for validation)
 Needs: DYNACONV_DATA. Takes: what the recipe costs (`dynaconv recipes`) for each seed.
-A seed whose run has ended is not trained again, so that the seeds can be spread over several evenings; the summary
-covers the runs that are there, and lists the commit of each.
+A seed whose run has ended is not trained again, and one that was stopped goes on, so that the seeds can be spread over
+several evenings; the summary covers the runs that are there, and lists the commit of each.
 """
 
 import argparse
@@ -44,8 +44,10 @@ def main() -> None:
     for seed in arguments.seeds:
         folder = run_of(arguments.recipe, seed)
         if not (folder / "result.json").exists():
-            words = ["train", arguments.recipe, "--data", "cifar10", "--seed", str(seed), "--run-dir", str(folder)]
-            subprocess.run([sys.executable, "-m", "dynaconv", *words, *held_out], check=True)
+            train = ["train", arguments.recipe, "--data", "cifar10", "--seed", str(seed), "--run-dir", str(folder)]
+            begun = (folder / "recipe.json").exists()  # goes on bit for bit, and its time adds up
+            words = ["resume", str(folder)] if begun else [*train, *held_out]
+            subprocess.run([sys.executable, "-m", "dynaconv", *words], check=True)
     summarise(arguments.recipe, arguments.seeds)
 
 
