@@ -167,6 +167,30 @@ def parse_report(words: list[str]) -> tuple[list[Path], Path | None]:
     return [Path(folder) for folder in folders], options.into
 
 
+def parse_predict(words: list[str]) -> tuple[list[str], Any]:
+    """Parses RUN PICTURE [PICTURE ...] [--top N] [--form F].
+
+    Returns what names the pictures, and an object with the attributes run, top and form; errors as elsewhere.
+    """
+    example = "dynaconv predict runs/first cat.jpg"
+    # "-" alone is a picture as well: their paths come from standard input.
+    named = list(itertools.takewhile(lambda word: not word.startswith("-") or word == "-", words))
+    first = _take_folders(words[:1] + words[len(named) :] if named else words, "predict", example, ["run"])
+    options = _parse_options(
+        first,
+        "predict RUN PICTURE [PICTURE ...]",
+        "Classifies pictures: files, folders, patterns, or - for paths from standard input.",
+        _folder("run", "Folder of a finished run."),
+        _option(int, "top", "Likeliest classes to tell, at least 1.", 1),
+        _option(Literal["table", "jsonl", "csv"], "form", "A table for people, JSON lines, or CSV.", "table"),
+    )
+    if len(named) < 2:
+        raise UserError(f"`dynaconv predict` needs pictures: {example}.")
+    if options.top < 1:
+        raise UserError(f"--top must be at least 1, received {options.top}.")
+    return named[1:], options
+
+
 def _take_folders(words: list[str], verb: str, example: str, names: list[str]) -> list[str]:
     """Gives the folders that stand first in a command their names, as options; raises UserError if one is missing."""
     words = [_spell_out(word) for word in words]

@@ -32,6 +32,8 @@ verbs:
              say whether one run, or several with different seeds, is really better than another
   report RUN [RUN ...] [--into FILE]
              write one HTML page about a run, or several side by side, and a model card
+  predict RUN PICTURE... [--top N] [--form jsonl]
+             classify pictures: files, folders, patterns, or - for paths from standard input
   recipes    the named recipes, with what each costs and reaches
 
 options:
@@ -165,6 +167,16 @@ def report(words: "list[str]", people: "TextIO", started: float) -> "dict[str, A
     return {"report": written[0], "model_card": written[1]}
 
 
+def predict(words: "list[str]", people: "TextIO", started: float) -> "list[dict[str, Any]]":
+    """The verb `predict`."""
+    from dynaconv.arguments import parse_predict
+
+    pictures, options = parse_predict(words)
+    from dynaconv.shipping.predictions import predict_files
+
+    return predict_files(options.run, pictures, options.top, options.form, people)
+
+
 def _tell(result: "dict[str, Any]") -> str:
     """The line that a run ends with."""
     held_out = result["validation_accuracy"]
@@ -217,6 +229,7 @@ VERBS: "dict[str, Callable[[list[str], TextIO, float], Any]]" = {
     "evaluate": evaluate,
     "compare": compare,
     "report": report,
+    "predict": predict,
     "recipes": recipes,
 }
 """Every verb by name: a function of the words after it, the stream for people, and the time of the start."""

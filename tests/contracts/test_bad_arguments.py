@@ -13,7 +13,7 @@ KNOWN_SETTINGS_START = "--data, --run-dir, --seeds, --check-resume, --check-repe
         (
             ["trian"],
             "Unknown verb 'trian'. Did you mean 'train'? "
-            "Known: train, labels, resume, evaluate, compare, report, recipes.",
+            "Known: train, labels, resume, evaluate, compare, report, predict, recipes.",
         ),
         (["train", "coursewrok"], "Unknown recipe 'coursewrok'. Did you mean 'coursework'? Known: coursework, fast92."),
         (
