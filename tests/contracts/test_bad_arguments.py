@@ -15,6 +15,28 @@ KNOWN_SETTINGS_START = "--data, --run-dir, --seeds, --check-resume, --check-repe
             "Unknown verb 'trian'. Did you mean 'train'? "
             "Known: train, labels, resume, evaluate, compare, report, predict, recipes.",
         ),
+        (["resume"], "`dynaconv resume` needs the folder of a run: dynaconv resume runs/first."),
+        (["resume", "a", "b"], "`dynaconv resume` takes the folder of a run and nothing else, received 'b'."),
+        (
+            ["resume", "a", "--epochs=3"],
+            "`dynaconv resume` takes the folder of a run and nothing else, received '--epochs=3'.",
+        ),
+        (["resume", "gone"], "gone is not the folder of a run: it has no recipe.json."),
+        (["evaluate"], "`dynaconv evaluate` needs the folder of a run: dynaconv evaluate runs/first."),
+        (["evaluate", "gone", "--split", "train"], "--split takes one of validation, test, received 'train'."),
+        (["evaluate", "gone", "--views", "7"], "--views takes one of one, mirror, six, received '7'."),
+        (
+            ["compare", "a"],
+            "`dynaconv compare` needs the folders of two runs: dynaconv compare runs/first runs/second.",
+        ),
+        (["compare", "a", "b", "c"], "`dynaconv compare` takes no 'c': dynaconv compare runs/first runs/second."),
+        (["compare", "gone", "lost"], "gone is not the folder of a run, and holds none (seed-*)."),
+        (["report", "gone"], "gone is not the folder of a run: it has no recipe.json."),
+        (["train", "--seeds", "0"], "--seeds must be from 1 to 100, received 0."),
+        (
+            ["train", "--checkpoint-every", "often"],
+            "--checkpoint-every takes a time above zero, as 90s, 15m or 1.5h, received 'often'.",
+        ),
         (["train", "coursewrok"], "Unknown recipe 'coursewrok'. Did you mean 'coursework'? Known: coursework, fast92."),
         (
             ["train", "none.json"],
