@@ -1,6 +1,7 @@
 """Where images come from: one name for every kind of source, one function that reads it."""
 
 import dataclasses
+import os
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -170,7 +171,7 @@ def _reader_of(path: Path) -> Callable[[Path, Notify], Splits]:
     if found:
         return lambda path, notify: found
     if path.is_dir():
-        holds_parquet = next(path.rglob("*.parquet"), None) is not None
+        holds_parquet = any(name.endswith(".parquet") for _, _, names in os.walk(path) for name in names)
         return (lambda path, notify: tables.find_parquet(path)) if holds_parquet else folders.find_splits
     if not path.is_file():
         raise UserError(f"{path} is no plain file; --data takes {', '.join(NAMED)}, {_OTHER_FORMS}.")
