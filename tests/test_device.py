@@ -38,3 +38,13 @@ def test_convolutions_run_in_the_precision_asked_for():
     for precision in (torch.float32, torch.bfloat16):
         with computing_in(precision, CPU):
             assert torch.nn.functional.conv2d(images, kernel).dtype == precision
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_an_update_inside_the_context_reaches_the_network(precision):
+    layer = torch.nn.Linear(2, 1, bias=False)
+    with computing_in(precision, CPU):
+        layer(torch.ones(1, 2)).sum().backward()
+        with torch.no_grad():
+            layer.weight.fill_(3.0)
+        assert layer(torch.ones(1, 2)).item() == 6.0

@@ -52,8 +52,12 @@ def has_fast_bfloat16(device: torch.device) -> bool:
 
 
 def computing_in(precision: torch.dtype, device: torch.device) -> AbstractContextManager[object]:
-    """Returns a context in which convolutions and matrix products run in `precision`."""
-    return torch.autocast(device.type, precision, enabled=precision != torch.float32)
+    """Returns a context in which convolutions and matrix products run in `precision`.
+
+    A whole training may stand inside it: the casts of parameters are not kept. Torch would otherwise keep the first for
+    as long as the context lasts, and no update would ever reach the network.
+    """
+    return torch.autocast(device.type, precision, enabled=precision != torch.float32, cache_enabled=False)
 
 
 def use_threads(wanted: int) -> int:
