@@ -17,7 +17,7 @@ from record import measured_commit, write_result
 
 from dynaconv.arguments import parse_training
 from dynaconv.data.batches import Batches
-from dynaconv.device import keep_freed_memory, pick_device, use_threads
+from dynaconv.device import computing_in, keep_freed_memory, pick_device, pick_precision, use_threads
 from dynaconv.judging.evaluate import evaluate
 from dynaconv.recipe import Recipe
 from dynaconv.training.fit import Epoch, fit
@@ -46,6 +46,13 @@ def attempt(name: str, words: list[str], recipe: Recipe) -> dict[str, object]:
     device = pick_device(recipe.train.device)
     keep_freed_memory()
     use_threads(recipe.train.threads)
+    precision = pick_precision(recipe.train.precision, device, print)
+    with computing_in(precision, device):
+        outcome = _attempt(name, recipe, device)
+    return {"name": name, "words": words, "precision": str(precision).removeprefix("torch."), **outcome}
+
+
+def _attempt(name: str, recipe: Recipe, device: torch.device) -> dict[str, object]:
     data = load_training_data(recipe, device, print)
     started = time.perf_counter()
     model = build_model(recipe, data.train, device)
@@ -69,8 +76,6 @@ def attempt(name: str, words: list[str], recipe: Recipe) -> dict[str, object]:
         f"{name}: validation {last.validation_accuracy:.4f}, with TTA {averaged:.4f}, plain train {plain.accuracy:.4f}"
     )
     return {
-        "name": name,
-        "words": words,
         "commit": measured_commit(),
         "epochs": len(history),
         "seconds": seconds,
