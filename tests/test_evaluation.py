@@ -173,3 +173,17 @@ def test_altered_files_are_named(run, name):
 def test_a_run_from_before_looks_were_listed_had_one(run):
     (run.path / "looks.json").unlink()
     assert len(run.looks()) == 1
+
+
+def test_the_mixture_is_described_stored_and_shown_in_the_report(run, capsys):
+    assert main(["evaluate", str(run.path), "--mixture", "--json"]) == 0
+    printed = capsys.readouterr()
+    found = json.loads(printed.out)["mixture"]
+    assert run.read_json("mixture-validation.json") == found
+    assert found["accuracy"]["value"] == run.read_json("result.json")["validation_accuracy"]
+    assert (run.path / "figures" / "mixture-validation.png").exists()
+    assert found["words"][0] in printed.err
+    assert main(["report", str(run.path)]) == 0
+    page = (run.path / "report.html").read_text()
+    assert "What the mixture does" in page
+    assert "accuracy when frozen" in page

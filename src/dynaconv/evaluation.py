@@ -20,9 +20,10 @@ from dynaconv.files import writing_whole
 from dynaconv.judging.comparison import Comparison, compare, tell_classes, tell_scope, tell_test, tell_verdict
 from dynaconv.judging.evaluate import Evaluation, evaluate
 from dynaconv.judging.judgement import Calibration, calibrate, judge, tell, worst_mistakes
+from dynaconv.judging.mixing import view_mixture
 from dynaconv.judging.robustness import Robustness, judge_blocks, judge_robustness, read_cifar10_1, read_cifar10_c
 from dynaconv.judging.trained import Trained, load_judged_images, load_trained, read_side, require_finished, runs_in
-from dynaconv.reporting.figures import draw_pictures, save_figure, to_png
+from dynaconv.reporting.figures import draw_mixture, draw_pictures, save_figure, to_png
 from dynaconv.rundir import CALIBRATION, RunDir
 
 SHOWN = 20
@@ -89,6 +90,7 @@ def evaluate_run(
     path: Path,
     split: str = "validation",
     views: str = "one",
+    mixture: bool = False,
     robustness: bool = False,
     cifar10_c: Path | None = None,
     cifar10_1: Path | None = None,
@@ -100,13 +102,14 @@ def evaluate_run(
         path: Folder of the run.
         split: "validation", or "test", which is recorded in the run as a look at the test images.
         views: "one", "mirror" or "six": the views whose logits are averaged.
+        mixture: Describe what the mixtures of the network do, and what is lost with fixed weights.
         robustness: Judge 2,000 images under this project's own corruptions as well.
         cifar10_c: Folder with the files of CIFAR-10-C, judged as well.
         cifar10_1: Folder with the files of CIFAR-10.1, judged as well.
         say: Shows a line to the user.
 
     Returns:
-        The figures, as `judge` has them; more under "robustness", by name, where that was asked for.
+        The figures, as `judge` has them; more under "mixture", and under "robustness" by name, where asked for.
 
     Raises:
         UserError: no finished run, other images than those of the run, or files that are not what they should be.
@@ -125,20 +128,32 @@ def evaluate_run(
     ]
     with computing_in(precision, device):
         document = _judge_split(trained, split, views, device, say)
-        images = _load(trained, split, device) if robustness else None
+        images = _load(trained, split, device) if robustness or mixture else None
+        view = view_mixture(trained.network, images, trained.recipe).as_dict() if images and mixture else None
         found: dict[str, Robustness] = {}
         predict = _predictor(trained, device)
-        if images is not None:
+        if images is not None and robustness:
             found["own"] = judge_robustness(predict, images.images, images.labels)
         for name, blocks in others:
             found[name] = judge_blocks(predict, blocks, name)
     for each in found.values():
         _tell_robustness(each, say)
+    if view is not None:
+        _store_mixture(trained.run, view, split, say)
+        document = {**document, "mixture": view}
     if not found:
         return document
     stored = {name: each.as_dict() for name, each in found.items()}
     trained.run.write_json(f"robustness-{split}.json", stored)
     return {**document, "robustness": stored}
+
+
+def _store_mixture(run: RunDir, view: dict[str, Any], split: str, say: Callable[[str], None]) -> None:
+    run.write_json(f"mixture-{split}.json", view)
+    if any(len(block["kernel_sizes"]) > 1 for block in view["blocks"]):
+        save_figure(draw_mixture(view), run.figure(f"mixture-{split}"))
+    for line in view["words"]:
+        say(line)
 
 
 def load_finished(path: Path, device: torch.device) -> Trained:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from dynaconv.data.augment import normalize, to_tensor
 from dynaconv.data.batches import Batches
 from dynaconv.data.images import ImageSet
 from dynaconv.data.sources import load_images, options_of
@@ -27,6 +28,7 @@ from dynaconv.errors import UserError, WorkError
 from dynaconv.evaluation import random_places, store_judgement
 from dynaconv.judging.evaluate import Evaluation, evaluate
 from dynaconv.judging.judgement import calibrate
+from dynaconv.judging.mixing import CollapseWatch
 from dynaconv.model.network import Network
 from dynaconv.recipe import Recipe, parse_duration, with_settings
 from dynaconv.reporting.events import EventWriter
@@ -40,6 +42,9 @@ from dynaconv.training.proof import prove_repeat, prove_resume
 from dynaconv.training.start import TrainingData, build_model, load_training_data, training_batches
 from dynaconv.training.state import State
 from dynaconv.training.tracked import Track, Tracked, untracked
+
+WATCHED_IMAGES = 100
+"""Training images that are looked at after every epoch, to see whether a mixture has collapsed."""
 
 
 def run_experiment(
@@ -321,6 +326,7 @@ def _train(work: _Work) -> list[Epoch]:
     device = work.data.train.images.device
     training = training_batches(recipe, work.data.train)
     validation = Batches(work.data.validation, recipe.evaluate.evaluation_batch_size, recipe.augment)
+    watch = CollapseWatch(normalize(to_tensor(work.data.train.images[:WATCHED_IMAGES]), recipe.augment), say)
     finished = work.begin.facts["epoch"] - 1 if work.begin else 0
     started = time.time()
     keeper = Keeper(run, parse_duration(recipe.train.checkpoint_every), work.clock.trained, say)
@@ -333,6 +339,7 @@ def _train(work: _Work) -> list[Epoch]:
         run.append_metrics(metrics)
         run.write_weights(model.state_dict())
         events.write(metrics)
+        watch.look(model)
         if epoch.epoch % recipe.train.log_every == 0 or epoch.epoch == epochs:
             say(epoch.line(epochs))
 

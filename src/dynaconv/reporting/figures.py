@@ -1,6 +1,7 @@
 """The figures of a run: curves of loss and accuracy, and a grid of pictures with predicted and actual class."""
 
 import io
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -80,6 +81,34 @@ def draw_coverage(coverage: Sequence[dict[str, Any]]) -> Figure:
     axes.set(title="Accuracy of the surest images", xlabel="share of the images that is decided", ylabel="accuracy")
     axes.grid(alpha=0.3)
     axes.legend(fontsize=8, loc="lower left")
+    return figure
+
+
+def draw_mixture(view: dict[str, Any]) -> Figure:
+    """Draws the mixing weights by class, a panel per block that mixes, as `MixtureView.as_dict` has them.
+
+    A cell shows the mean weight of a convolution over a class's images; its colour, how far that lies from the mean
+    over all images, in standard deviations between images.
+    """
+    blocks = [block for block in view["blocks"] if len(block["kernel_sizes"]) > 1]
+    counts = [len(block["kernel_sizes"]) for block in blocks]
+    figure = Figure(figsize=(1.6 + 0.62 * sum(counts) + 0.25 * len(counts), 1.2 + 0.3 * len(view["classes"])))
+    figure.set_layout_engine("constrained")
+    panels: list[Axes] = list(figure.subplots(1, len(blocks), squeeze=False, width_ratios=counts).flat)
+    for place, (axes, block) in enumerate(zip(panels, blocks, strict=True)):
+        rows = [row if row is not None else [math.nan] * counts[place] for row in block["by_class"]]
+        columns = zip(*rows, block["mean"], block["spread"], strict=True)
+        apart = [[(value - mean) / (spread or 1.0) for value in values] for *values, mean, spread in columns]
+        axes.imshow([list(row) for row in zip(*apart, strict=True)], cmap="PuOr", vmin=-1.5, vmax=1.5, aspect="auto")
+        for y, row in enumerate(rows):
+            for x, value in enumerate(row):
+                dark = abs(apart[x][y]) > 1.0
+                colour = "white" if dark else "black"
+                axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
+        axes.set_xticks(range(counts[place]), [f"{side}x{side}" for side in block["kernel_sizes"]], fontsize=7)
+        axes.set_yticks(range(len(rows)), view["classes"] if place == 0 else [""] * len(rows), fontsize=8)
+        axes.tick_params(length=0)
+        axes.set_title(f"block {block['block']}", fontsize=9)
     return figure
 
 

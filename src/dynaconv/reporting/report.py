@@ -18,7 +18,7 @@ from dynaconv.files import writing_whole
 from dynaconv.judging.comparison import compare
 from dynaconv.judging.diagnosis import Facts, diagnose
 from dynaconv.judging.trained import read_side, require_finished
-from dynaconv.reporting.figures import QUANTITIES, draw_coverage, draw_curve, draw_reliability
+from dynaconv.reporting.figures import QUANTITIES, draw_coverage, draw_curve, draw_mixture, draw_reliability
 from dynaconv.rundir import RESULT, RunDir
 
 WATTS_PER_THREAD = 8.0
@@ -83,6 +83,7 @@ def _read(path: Path) -> dict[str, Any]:
             training_accuracy=training_accuracy if _is_unaugmented(recipe) else None,
         )
     )
+    mixture = _optional(run, "mixture-test.json") or _optional(run, "mixture-validation.json")
     seconds, threads = result["train_seconds"], environment["threads"]
     return {
         "name": path.name or str(path),
@@ -95,6 +96,8 @@ def _read(path: Path) -> dict[str, Any]:
         "validation": _optional(run, "evaluation-validation.json"),
         "pictures": _optional(run, "pictures-test.json"),
         "robustness": _optional(run, "robustness-test.json") or _optional(run, "robustness-validation.json"),
+        "mixture": mixture,
+        "mixture_figure": _as_svg(draw_mixture(mixture)) if mixture and _mixes(mixture) else None,
         "looks": run.looks(),
         "diagnosis": found,
         "training_images": split.get("num_train") if isinstance(split, dict) else None,
@@ -110,6 +113,10 @@ def _read(path: Path) -> dict[str, Any]:
 def _is_unaugmented(recipe: Any) -> bool:
     augment = recipe.augment
     return not any((augment.degrees, augment.translate, augment.flip, augment.brightness))
+
+
+def _mixes(mixture: dict[str, Any]) -> bool:
+    return any(len(block["kernel_sizes"]) > 1 for block in mixture["blocks"])
 
 
 def _optional(run: RunDir, name: str) -> Any:
