@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from dynaconv import device as module
-from dynaconv.device import computing_in, has_fast_bfloat16, pick_precision
+from dynaconv.device import computing_in, has_fast_bfloat16, pick_precision, use_deterministic
 
 CPU = torch.device("cpu")
 
@@ -48,3 +48,14 @@ def test_an_update_inside_the_context_reaches_the_network(precision):
         with torch.no_grad():
             layer.weight.fill_(3.0)
         assert layer(torch.ones(1, 2)).item() == 6.0
+
+
+def test_deterministic_refuses_what_cannot_repeat_and_can_be_undone():
+    use_deterministic(True)
+    try:
+        assert torch.are_deterministic_algorithms_enabled()
+        with pytest.raises(RuntimeError, match="does not have a deterministic implementation"):
+            torch.zeros(4).put_(torch.tensor([0, 0]), torch.ones(2))
+    finally:
+        use_deterministic(False)
+    assert not torch.are_deterministic_algorithms_enabled()

@@ -67,6 +67,19 @@ def use_threads(wanted: int) -> int:
     return torch.get_num_threads()
 
 
+def use_deterministic(wanted: bool) -> None:
+    """Makes torch take only algorithms that give the same bits every time, or no longer.
+
+    Torch raises a RuntimeError where an operation has none.
+    """
+    if wanted:
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
+    torch.use_deterministic_algorithms(wanted)
+    torch.backends.cudnn.benchmark = not wanted and torch.backends.cudnn.benchmark
+    # Filling memory that is overwritten anyway would cost time and change no bit.
+    torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
+
+
 def keep_freed_memory() -> bool:
     """Makes glibc keep freed buffers instead of returning them to the system. Returns whether it could be set.
 
@@ -107,6 +120,7 @@ def describe_environment(device: torch.device, precision: torch.dtype = torch.fl
         "cpu_capability": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
         "precision": str(precision).removeprefix("torch."),
+        "deterministic": torch.are_deterministic_algorithms_enabled(),
         "commit": _commit(),
         "command": sys.argv,
     }

@@ -22,6 +22,7 @@ from dynaconv.device import (
     peak_memory_bytes,
     pick_device,
     pick_precision,
+    use_deterministic,
     use_threads,
 )
 from dynaconv.errors import UserError, WorkError
@@ -192,6 +193,7 @@ def _set_up(recipe: Recipe, say: Callable[[str], None]) -> tuple[torch.device, t
     device = pick_device(recipe.train.device)
     keep_freed_memory()
     use_threads(recipe.train.threads)
+    use_deterministic(recipe.train.deterministic)
     return device, pick_precision(recipe.train.precision, device, say)
 
 

@@ -252,6 +252,9 @@ class TrainSettings:
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
     """Number format of the convolutions: auto takes bfloat16 where the device computes in it faster, else float32. The
     weights are float32 always."""
+    deterministic: bool = False
+    """Take only algorithms that give the same bits every time, and fail where there is none. On a CPU all are; on CUDA
+    it costs speed."""
     threads: int = 0
     """CPU threads; 0 takes one per core that this process may use."""
 
