@@ -112,10 +112,10 @@ def parse_resume(words: list[str]) -> Path:
 
 
 def parse_evaluate(words: list[str]) -> Any:
-    """Parses RUN [--split S] [--views V] [--mixture] [--robustness] [--cifar10-c DIR] [--cifar10-1 DIR].
+    """Parses RUN [--split S] [--views V] [--mixture] [--explain] [--robustness] [--cifar10-c DIR] [--cifar10-1 DIR].
 
-    Returns an object with the attributes run, split, views, mixture, robustness, cifar10_c and cifar10_1; errors as
-    `parse_training`.
+    Returns an object with the attributes run, split, views, mixture, explain, robustness, cifar10_c and
+    cifar10_1; errors as `parse_training`.
     """
     words = _take_folders(words, "evaluate", "dynaconv evaluate runs/first", ["run"])
     kinds = Literal["validation", "test"]
@@ -129,6 +129,7 @@ def parse_evaluate(words: list[str]) -> Any:
         ),
         _option(Literal["one", "mirror", "six"], "views", "Views of an image whose logits are averaged.", "one"),
         _option(bool, "mixture", "Describe the mixing weights of every block, and what is lost without them.", False),
+        _option(bool, "explain", "Show where the network looked in its surest mistakes (needs captum).", False),
         _option(bool, "robustness", "Judge 2,000 images under 14 corruptions at 5 severities as well.", False),
         _option(Path | None, "cifar10_c", "Folder with the files of CIFAR-10-C, to judge on as well."),
         _option(Path | None, "cifar10_1", "Folder with the files of CIFAR-10.1 v6, to judge on as well."),

@@ -26,7 +26,7 @@ verbs:
              find training images whose label is doubtful; `train --without` leaves them out
   resume DIR
              go on with a run that was stopped, to the result of one that never was
-  evaluate RUN [--split test] [--mixture] [--robustness]
+  evaluate RUN [--split test] [--mixture] [--explain] [--robustness]
              judge a run's network: intervals, every class, calibration, the mixture, corruptions
   compare A B [--split validation] [--into DIR]
              say whether one run, or several with different seeds, is really better than another
@@ -139,7 +139,7 @@ def evaluate(words: "list[str]", people: "TextIO", started: float) -> "dict[str,
 
     stop_on_sigterm()
     say, _ = display(people)
-    wanted = (options.mixture, options.robustness, options.cifar10_c, options.cifar10_1)
+    wanted = (options.mixture, options.explain, options.robustness, options.cifar10_c, options.cifar10_1)
     return evaluate_run(options.run, options.split, options.views, *wanted, say)
 
 

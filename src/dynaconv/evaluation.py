@@ -19,6 +19,8 @@ from dynaconv.errors import UserError
 from dynaconv.files import writing_whole
 from dynaconv.judging.comparison import Comparison, compare, tell_classes, tell_scope, tell_test, tell_verdict
 from dynaconv.judging.evaluate import Evaluation, evaluate
+from dynaconv.judging.explain import METHODS, overlay
+from dynaconv.judging.explain import explain as explain_images
 from dynaconv.judging.judgement import Calibration, calibrate, judge, tell, worst_mistakes
 from dynaconv.judging.mixing import view_mixture
 from dynaconv.judging.robustness import Robustness, judge_blocks, judge_robustness, read_cifar10_1, read_cifar10_c
@@ -28,6 +30,8 @@ from dynaconv.rundir import CALIBRATION, RunDir
 
 SHOWN = 20
 """Pictures on a sheet."""
+EXPLAINED = 8
+"""Mistakes for which it is shown where the network looked."""
 
 
 def store_judgement(
@@ -91,6 +95,7 @@ def evaluate_run(
     split: str = "validation",
     views: str = "one",
     mixture: bool = False,
+    explain: bool = False,
     robustness: bool = False,
     cifar10_c: Path | None = None,
     cifar10_1: Path | None = None,
@@ -103,6 +108,7 @@ def evaluate_run(
         split: "validation", or "test", which is recorded in the run as a look at the test images.
         views: "one", "mirror" or "six": the views whose logits are averaged.
         mixture: Describe what the mixtures of the network do, and what is lost with fixed weights.
+        explain: Show where the network looked in its surest mistakes.
         robustness: Judge 2,000 images under this project's own corruptions as well.
         cifar10_c: Folder with the files of CIFAR-10-C, judged as well.
         cifar10_1: Folder with the files of CIFAR-10.1, judged as well.
@@ -128,8 +134,10 @@ def evaluate_run(
     ]
     with computing_in(precision, device):
         document = _judge_split(trained, split, views, device, say)
-        images = _load(trained, split, device) if robustness or mixture else None
+        images = _load(trained, split, device) if robustness or mixture or explain else None
         view = view_mixture(trained.network, images, trained.recipe).as_dict() if images and mixture else None
+        if images is not None and explain:
+            _explain_mistakes(trained, split, images, say)
         found: dict[str, Robustness] = {}
         predict = _predictor(trained, device)
         if images is not None and robustness:
@@ -154,6 +162,33 @@ def _store_mixture(run: RunDir, view: dict[str, Any], split: str, say: Callable[
         save_figure(draw_mixture(view), run.figure(f"mixture-{split}"))
     for line in view["words"]:
         say(line)
+
+
+def _explain_mistakes(trained: Trained, split: str, images: ImageSet, say: Callable[[str], None]) -> None:
+    """Writes where the network looked in its surest mistakes: what spoke for the class it took them for."""
+    document = trained.run.read_json(f"pictures-{split}.json")
+    told = document["mistakes"][:EXPLAINED]
+    if not told:
+        say("No image is misclassified: there is no mistake to explain.")
+        return
+    chosen = images.images[torch.tensor([each["place"] for each in told]).to(images.images.device)]
+    targets = torch.tensor([images.classes.index(each["prediction"]) for each in told], device=chosen.device)
+    found = explain_images(trained.network, normalize(to_tensor(chosen), trained.recipe.augment), targets)
+    shown: list[torch.Tensor] = []
+    captions: list[str] = []
+    for place, each in enumerate(told):
+        plain = chosen[place].cpu().expand(3, -1, -1).repeat_interleave(3, 1).repeat_interleave(3, 2)
+        maps = {name: overlay(chosen[place].cpu(), getattr(found, name)[place]) for name in METHODS}
+        each["explained"] = {
+            METHODS[name]: base64.b64encode(to_png(picture)).decode() for name, picture in maps.items()
+        }
+        shown += [plain, *maps.values()]
+        captions += [f"{each['prediction']}, {each['confidence']:.0%} sure\nactual: {each['label']}", *METHODS.values()]
+    trained.run.write_json(f"pictures-{split}.json", document)
+    path = trained.run.figure(f"explained-{split}")
+    title = "What spoke for (orange) and against (blue) the predicted class"
+    save_figure(draw_pictures(torch.stack(shown), captions, title, 4), path)
+    say(f"Where the network looked in its {len(told)} surest mistakes: {path}")
 
 
 def load_finished(path: Path, device: torch.device) -> Trained:
