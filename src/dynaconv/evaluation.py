@@ -121,17 +121,12 @@ def evaluate_run(
         UserError: no finished run, other images than those of the run, or files that are not what they should be.
     """
     device = pick_device("auto")
-    keep_freed_memory()
     trained = load_finished(path, device)
-    train = trained.recipe.train
-    use_threads(train.threads)
-    precision = pick_precision(train.precision, device, say)
+    precision = _set_up(trained, device, say)
     if (cifar10_c or cifar10_1) and trained.classes != CLASSES:
         raise UserError(f"The classes of {path} are not those of CIFAR-10; it cannot be judged on their images.")
-    others = [
-        *([("CIFAR-10-C", read_cifar10_c(cifar10_c))] if cifar10_c else []),
-        *([("CIFAR-10.1 v6", read_cifar10_1(cifar10_1))] if cifar10_1 else []),
-    ]
+    others = [("CIFAR-10-C", read_cifar10_c(cifar10_c))] if cifar10_c else []
+    others += [("CIFAR-10.1 v6", read_cifar10_1(cifar10_1))] if cifar10_1 else []
     with computing_in(precision, device):
         document = _judge_split(trained, split, views, device, say)
         images = _load(trained, split, device) if robustness or mixture or explain else None
@@ -189,6 +184,12 @@ def _explain_mistakes(trained: Trained, split: str, images: ImageSet, say: Calla
     title = "What spoke for (orange) and against (blue) the predicted class"
     save_figure(draw_pictures(torch.stack(shown), captions, title, 4), path)
     say(f"Where the network looked in its {len(told)} surest mistakes: {path}")
+
+
+def _set_up(trained: Trained, device: torch.device, say: Callable[[str], None]) -> torch.dtype:
+    keep_freed_memory()
+    use_threads(trained.recipe.train.threads)
+    return pick_precision(trained.recipe.train.precision, device, say)
 
 
 def load_finished(path: Path, device: torch.device) -> Trained:

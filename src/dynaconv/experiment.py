@@ -30,8 +30,8 @@ from dynaconv.evaluation import random_places, store_judgement
 from dynaconv.judging.evaluate import Evaluation, evaluate
 from dynaconv.judging.judgement import calibrate
 from dynaconv.judging.mixing import CollapseWatch
-from dynaconv.model.network import Network
-from dynaconv.recipe import Recipe, parse_duration, with_settings
+from dynaconv.model.network import Network, count_flops
+from dynaconv.recipe import Recipe, parse_duration, sizes_of_epochs, with_settings
 from dynaconv.reporting.events import EventWriter
 from dynaconv.reporting.figures import draw_curves, draw_grid, save_figure
 from dynaconv.rundir import CALIBRATION, RESULT, RunDir
@@ -271,6 +271,9 @@ def _describe_outcome(
 ) -> dict[str, Any]:
     """Returns what was trained and what it reached; training figures as in the last epoch, on augmented images."""
     validation, test = evaluations.get("validation"), evaluations["test"]
+    _, channels, side, _ = data.train.images.shape
+    # Backward costs twice the forward pass: one product towards the input, one towards the kernel.
+    passes = [count_flops(model, channels, size) for size in sizes_of_epochs(recipe, len(history), side)]
     averaged = {split: each for split, each in evaluations.items() if split.endswith("_tta")}
     return {
         "recipe": recipe.name,
@@ -278,6 +281,8 @@ def _describe_outcome(
         "source": data.source,
         "data_sha256": data.sha256,
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
+        "forward_flops": count_flops(model, channels, side),
+        "training_flops": 3 * len(data.train) * sum(passes),
         "images_per_second": sum(epoch.images_per_second for epoch in history) / len(history),
         "train_accuracy": history[-1].training_accuracy,
         "train_loss": history[-1].training_loss,

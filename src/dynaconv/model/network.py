@@ -208,3 +208,38 @@ def build_network(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return Network(settings, channels, num_classes)
+
+
+@torch.no_grad()
+def count_flops(network: Network, channels: int, image_size: int) -> int:
+    """Counts the floating-point operations of one image's forward pass, a multiply-add being two.
+
+    Counted is the definition, K convolutions of every block, whatever form computes them: the figure belongs to the
+    network and not to a machine. Batch norm, pooling and activations are left out, as is usual.
+
+    Args:
+        network: Left as it was, but in evaluation mode.
+        channels: 1 or 3.
+        image_size: Pixels a side.
+
+    Example:
+        >>> settings = ModelSettings(widths=(8,), num_convolutions=(2,), kernel_sizes=(3,), pool_after=())
+        >>> count_flops(Network(settings, 3, 10), 3, 16) - 2 * 2 * (8 * 3 * 9) * 16 * 16  # pooled to K=2, 8 to 10
+        172
+    """
+    counted: list[int] = []
+
+    def count(layer: nn.Module, inputs: tuple[torch.Tensor], outputs: torch.Tensor) -> None:
+        places = outputs[0, 0].numel() if outputs.ndim == 4 else 1
+        held = [*layer.parameters(recurse=False), *layer.buffers()] if not isinstance(layer, Block) else layer.kernels
+        counted.append(sum(2 * places * kernel.numel() for kernel in held if kernel.ndim > 1))
+
+    network.eval()
+    layers = [layer for layer in network.modules() if isinstance(layer, Block | WhiteningStem | nn.Linear)]
+    handles = [layer.register_forward_hook(count) for layer in layers]
+    try:
+        network(torch.zeros(1, channels, image_size, image_size, device=next(network.parameters()).device))
+    finally:
+        for handle in handles:
+            handle.remove()
+    return sum(counted)
