@@ -1,8 +1,8 @@
 """Times every form of the K-convolution mixture against a static convolution of the same shape, in turn.
 
 Command: python benchmarks/mixture.py
-Takes: about ten minutes on two cores. Forward and backward at a batch of 128, and a single image forward; float32.
-Draws docs/figures/mixture.png.
+Takes: about ten minutes on two cores. Forward and backward at a batch of 128, and a single image forward; in float32,
+and in bfloat16 where the processor has it, the weights being float32 as in training. Draws docs/figures/mixture.png.
 """
 
 import time
@@ -13,7 +13,7 @@ import torch
 from matplotlib.figure import Figure
 from record import over_repeats, write_result
 
-from dynaconv.device import keep_freed_memory, use_threads
+from dynaconv.device import computing_in, has_fast_bfloat16, keep_freed_memory, use_threads
 from dynaconv.model.mixture import FORMS, choose_form
 
 BATCH = 128
@@ -46,7 +46,9 @@ def step(convolve, inputs, parameters) -> None:
     outputs.backward(torch.ones_like(outputs))
 
 
-def measure(channels: int, outputs: int, side: int, sizes: tuple[int, ...], images: int) -> dict[str, object]:
+def measure(
+    channels: int, outputs: int, side: int, sizes: tuple[int, ...], images: int, precision: torch.dtype
+) -> dict[str, object]:
     """Times all forms; a single image only forward, without gradients."""
     generator = torch.Generator().manual_seed(0)
     trained = images > 1
@@ -54,7 +56,7 @@ def measure(channels: int, outputs: int, side: int, sizes: tuple[int, ...], imag
     def fresh(*shape):
         return torch.randn(*shape, generator=generator).requires_grad_(trained)
 
-    maps = torch.randn(images, channels, side, side, generator=generator)
+    maps = torch.randn(images, channels, side, side, generator=generator).to(precision)
     # Each form gets its inputs as they lie in a network that is made of it.
     layouts = {"winograd": by_place(maps).requires_grad_(trained)}
     usual = maps.contiguous(memory_format=torch.channels_last).requires_grad_(trained)
@@ -83,40 +85,49 @@ def measure(channels: int, outputs: int, side: int, sizes: tuple[int, ...], imag
     with torch.set_grad_enabled(trained):
         chosen = choose_form(sizes, outputs, usual)
     told = ", ".join(f"{name} {ratio['median']:.2f}x" for name, ratio in ratios.items())
-    shape = f"{channels}->{outputs} @{side}x{side} kernels {sizes} batch {images}"
+    shape = name_of(channels, outputs, side, sizes, images, precision)
     print(f"{shape}: static {static['median'] * 1e3:.2f} ms; {told}; auto: {chosen}", flush=True)
     return {"static_seconds": static, "times_static": ratios, "chosen": chosen}
 
 
-def name_of(channels: int, outputs: int, side: int, sizes: tuple[int, ...], images: int) -> str:
-    return f"{channels}->{outputs}@{side} kernels {' '.join(map(str, sizes))} batch {images}"
+def name_of(channels: int, outputs: int, side: int, sizes: tuple[int, ...], images: int, precision: torch.dtype) -> str:
+    told = "" if precision == torch.float32 else " bfloat16"
+    return f"{channels}->{outputs}@{side} kernels {' '.join(map(str, sizes))} batch {images}{told}"
 
 
-def draw(metrics: dict[str, dict[str, object]], path: Path) -> None:
-    figure = Figure(figsize=(8, 4.5), layout="constrained")
-    axes = figure.subplots()
-    for form, marker in zip(FORMS, "osD^v", strict=True):
-        rows = [metrics[name_of(*shape, (3, 3, 3, 3), BATCH)] for shape in DRAWN]
-        axes.plot([row["times_static"][form]["median"] for row in rows], marker=marker, label=form)  # pyright: ignore
-    axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
-    axes.set_yscale("log", base=2)
-    axes.set_yticks([1, 2, 4, 8], ["1x", "2x", "4x", "8x"])
-    axes.set_xticks(range(len(DRAWN)), [f"{outputs} channels, {side}x{side}" for _, outputs, side in DRAWN])
-    axes.set_ylabel("time of one static convolution")
-    axes.set_title(f"Four 3x3 convolutions mixed: forward and backward, batch of {BATCH}, float32")
-    axes.grid(alpha=0.3)
-    axes.legend()
+def draw(metrics: dict[str, dict[str, object]], precisions: list[torch.dtype], path: Path) -> None:
+    figure = Figure(figsize=(6.2 * len(precisions), 4.5), layout="constrained")
+    for axes, precision in zip(
+        figure.subplots(1, len(precisions), squeeze=False, sharey=True)[0], precisions, strict=True
+    ):
+        for form, marker in zip(FORMS, "osD^v", strict=True):
+            rows = [metrics[name_of(*shape, (3, 3, 3, 3), BATCH, precision)] for shape in DRAWN]
+            axes.plot([row["times_static"][form]["median"] for row in rows], marker=marker, label=form)  # pyright: ignore
+        axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
+        axes.set_yscale("log", base=2)
+        axes.set_yticks([1, 2, 4, 8, 16], ["1x", "2x", "4x", "8x", "16x"])
+        axes.set_xticks(range(len(DRAWN)), [f"{outputs} channels\n{side}x{side}" for _, outputs, side in DRAWN])
+        axes.set_ylabel("time of one static convolution")
+        axes.set_title(str(precision).removeprefix("torch."))
+        axes.grid(alpha=0.3)
+        axes.legend()
+    figure.suptitle(f"Four 3x3 convolutions mixed: forward and backward, batch of {BATCH}")
     figure.savefig(path, dpi=110)
 
 
 def main() -> None:
     keep_freed_memory()
     use_threads(0)
-    cases = [(*shape, sizes, BATCH) for shape in SHAPES for sizes in KERNEL_SIZES]
-    cases += [(*shape, (3, 3, 3, 3), 1) for shape in DRAWN]
-    metrics = {name_of(*case): measure(*case) for case in cases}
+    device = torch.device("cpu")
+    precisions = [torch.float32, *([torch.bfloat16] if has_fast_bfloat16(device) else [])]
+    metrics = {}
+    for precision in precisions:
+        cases = [(*shape, sizes, BATCH, precision) for shape in SHAPES for sizes in KERNEL_SIZES]
+        cases += [(*shape, (3, 3, 3, 3), 1, precision) for shape in DRAWN]
+        with computing_in(precision, device):
+            metrics |= {name_of(*case): measure(*case) for case in cases}
     print(write_result("mixture", metrics))
-    draw(metrics, Path("docs/figures/mixture.png"))
+    draw(metrics, precisions, Path("docs/figures/mixture.png"))
 
 
 if __name__ == "__main__":

@@ -37,10 +37,12 @@ def main() -> None:
         case ["--measure", name, contender]:
             print(json.dumps(seconds_per_image(RECIPES[name](), plain=contender == "plain")))
         case names:
-            peak = peak_of_direct_convolutions()
-            print(f"peak of a direct convolution: {peak / 1e9:.0f} GFLOP/s", flush=True)
+            precision = pick_precision("auto", pick_device("auto"), print)
+            peak = peak_of_direct_convolutions(precision)
+            told = str(precision).removeprefix("torch.")
+            print(f"peak of a direct convolution in {told}: {peak / 1e9:.0f} GFLOP/s", flush=True)
             metrics = {name: compare(name, peak) for name in names or RECIPES}
-            print(write_result("train_speed", {"peak_flops_per_second": {"value": peak}, **metrics}))
+            print(write_result("train_speed", {"peak_flops_per_second": {"value": peak}, **metrics}, precision=told))
 
 
 def compare(name: str, peak: float) -> dict[str, object]:
@@ -111,14 +113,14 @@ def flops_per_image(recipe: Recipe, side: int) -> int:
     return counter.get_total_flops() // 2
 
 
-def peak_of_direct_convolutions() -> float:
-    """Returns the operations a second of the fastest direct 3x3 convolution, forward, float32, batch of 128."""
+def peak_of_direct_convolutions(precision: torch.dtype) -> float:
+    """Returns the operations a second of the fastest direct 3x3 convolution, forward, batch of 128."""
     keep_freed_memory()
     use_threads(0)
     best = 0.0
     for channels, side in PEAK_SHAPES:
-        inputs = torch.randn(128, channels, side, side).contiguous(memory_format=torch.channels_last)
-        kernel = torch.randn(channels, channels, 3, 3)
+        inputs = torch.randn(128, channels, side, side, dtype=precision).contiguous(memory_format=torch.channels_last)
+        kernel = torch.randn(channels, channels, 3, 3, dtype=precision)
         for _ in range(6):
             started = time.perf_counter()
             torch.nn.functional.conv2d(inputs, kernel, padding=1)
