@@ -41,9 +41,9 @@ from safetensors.torch import save
 
 from dynaconv.data.batches import Batches
 from dynaconv.data.cache import load_prepared, save_prepared
+from dynaconv.data.decoding import decode_picture
 from dynaconv.data.exclusions import read_exclusions
 from dynaconv.data.images import ImageSet
-from dynaconv.data.pictures import decode_picture
 from dynaconv.data.sources import SourceOptions, load_images
 from dynaconv.errors import DynaconvError
 from dynaconv.judging.robustness import read_cifar10_1

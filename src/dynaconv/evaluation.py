@@ -14,7 +14,7 @@ from dynaconv.data.augment import normalize, to_tensor
 from dynaconv.data.cifar10 import CLASSES
 from dynaconv.data.images import ImageSet
 from dynaconv.data.sources import load_images, options_of
-from dynaconv.device import computing_in, keep_freed_memory, pick_device, pick_precision, use_threads
+from dynaconv.device import keep_freed_memory, pick_device, use_threads
 from dynaconv.errors import UserError
 from dynaconv.files import writing_whole
 from dynaconv.judging.comparison import Comparison, compare, tell_classes, tell_scope, tell_test, tell_verdict
@@ -122,23 +122,23 @@ def evaluate_run(
     """
     device = pick_device("auto")
     trained = load_finished(path, device)
-    precision = _set_up(trained, device, say)
+    keep_freed_memory()
+    use_threads(trained.recipe.train.threads)
     if (cifar10_c or cifar10_1) and trained.classes != CLASSES:
         raise UserError(f"The classes of {path} are not those of CIFAR-10; it cannot be judged on their images.")
     others = [("CIFAR-10-C", read_cifar10_c(cifar10_c))] if cifar10_c else []
     others += [("CIFAR-10.1 v6", read_cifar10_1(cifar10_1))] if cifar10_1 else []
-    with computing_in(precision, device):
-        document = _judge_split(trained, split, views, device, say)
-        images = _load(trained, split, device) if robustness or mixture or explain else None
-        view = view_mixture(trained.network, images, trained.recipe).as_dict() if images and mixture else None
-        if images is not None and explain:
-            _explain_mistakes(trained, split, images, say)
-        found: dict[str, Robustness] = {}
-        predict = _predictor(trained, device)
-        if images is not None and robustness:
-            found["own"] = judge_robustness(predict, images.images, images.labels)
-        for name, blocks in others:
-            found[name] = judge_blocks(predict, blocks, name)
+    document = _judge_split(trained, split, views, device, say)
+    images = _load(trained, split, device) if robustness or mixture or explain else None
+    view = view_mixture(trained.network, images, trained.recipe).as_dict() if images and mixture else None
+    if images is not None and explain:
+        _explain_mistakes(trained, split, images, say)
+    found: dict[str, Robustness] = {}
+    predict = _predictor(trained, device)
+    if images is not None and robustness:
+        found["own"] = judge_robustness(predict, images.images, images.labels)
+    for name, blocks in others:
+        found[name] = judge_blocks(predict, blocks, name)
     for each in found.values():
         _tell_robustness(each, say)
     if view is not None:
@@ -184,12 +184,6 @@ def _explain_mistakes(trained: Trained, split: str, images: ImageSet, say: Calla
     title = "What spoke for (orange) and against (blue) the predicted class"
     save_figure(draw_pictures(torch.stack(shown), captions, title, 4), path)
     say(f"Where the network looked in its {len(told)} surest mistakes: {path}")
-
-
-def _set_up(trained: Trained, device: torch.device, say: Callable[[str], None]) -> torch.dtype:
-    keep_freed_memory()
-    use_threads(trained.recipe.train.threads)
-    return pick_precision(trained.recipe.train.precision, device, say)
 
 
 def load_finished(path: Path, device: torch.device) -> Trained:

@@ -219,7 +219,7 @@ def _train_and_judge(work: _Work) -> dict[str, Any]:
         history = _train(work)
     training_seconds = work.clock.trained()
     run.add_look("the end of the training")
-    test_images, evaluations, judging_seconds = _judge(recipe, data, model, work.precision)
+    test_images, evaluations, judging_seconds = _judge(recipe, data, model)
     _draw(run, recipe, history, test_images, evaluations["test"])
     calibration = calibrate(evaluations.get("validation"), recipe.evaluate.wanted_precision)
     run.write_json(CALIBRATION, calibration.as_dict())
@@ -239,12 +239,11 @@ def _train_and_judge(work: _Work) -> dict[str, Any]:
     return {**result, "run_dir": str(run.path)}
 
 
-def _judge(
-    recipe: Recipe, data: TrainingData, model: Network, precision: torch.dtype
-) -> tuple[ImageSet, dict[str, Evaluation], float]:
+def _judge(recipe: Recipe, data: TrainingData, model: Network) -> tuple[ImageSet, dict[str, Evaluation], float]:
     """Opens the test split; returns its images, the evaluation of either split, and the seconds of all evaluations.
 
-    With test-time augmentation, there is a second evaluation of either split, its name continued by "_tta".
+    It is judged in float32, whatever it was trained in, so that what is shipped is what was judged. With test-time
+    augmentation, there is a second evaluation of either split, its name continued by "_tta".
     """
     # What there was to say about the source was said when its training images were read.
     options = options_of(recipe.data)
@@ -252,13 +251,12 @@ def _judge(
     test_images = load_images(data.source, "test", options).with_classes(data.train.classes).to(device)
     started = time.time()
     evaluations: dict[str, Evaluation] = {}
-    with computing_in(precision, device):
-        for split, images in (("validation", data.validation), ("test", test_images)):
-            if len(images) == 0:  # no image was held out
-                continue
-            evaluations[split] = evaluate(model, images, recipe)
-            if recipe.evaluate.views != "one":
-                evaluations[f"{split}_tta"] = evaluate(model, images, recipe, recipe.evaluate.views)
+    for split, images in (("validation", data.validation), ("test", test_images)):
+        if len(images) == 0:  # no image was held out
+            continue
+        evaluations[split] = evaluate(model, images, recipe)
+        if recipe.evaluate.views != "one":
+            evaluations[f"{split}_tta"] = evaluate(model, images, recipe, recipe.evaluate.views)
     return test_images, evaluations, time.time() - started
 
 

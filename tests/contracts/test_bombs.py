@@ -17,9 +17,9 @@ import pytest
 import torch
 from PIL import Image
 
+from dynaconv.data.decoding import decode_picture
 from dynaconv.data.exclusions import read_exclusions
 from dynaconv.data.images import ImageSet
-from dynaconv.data.pictures import decode_picture
 from dynaconv.data.sources import SourceOptions, load_images
 from dynaconv.errors import UserError
 from dynaconv.judging.trained import load_trained

@@ -10,7 +10,8 @@ import torch
 from PIL import Image
 
 from dynaconv.data import pictures
-from dynaconv.data.pictures import LabelledPictures, assemble, change_form, decode_picture
+from dynaconv.data.decoding import decode_picture
+from dynaconv.data.pictures import LabelledPictures, assemble, change_form
 from dynaconv.errors import UserError
 
 RED, BLUE = (200, 30, 40), (10, 20, 220)

@@ -122,7 +122,7 @@ def test_the_second_time_nothing_is_decoded_and_the_notices_come_again(tmp_path,
     (tmp_path / "pets" / "cat" / "000.png").write_bytes(b"broken")
     first, second = [], []
     before = load_images(source, "train", SourceOptions(on_bad_file="skip", notify=first.append))
-    monkeypatch.setattr(pictures, "_decode", lambda *_: pytest.fail("decoded again"))
+    monkeypatch.setattr(pictures, "decode", lambda *_: pytest.fail("decoded again"))
     after = load_images(source, "train", SourceOptions(on_bad_file="skip", notify=second.append))
     assert before.sha256() == after.sha256()
     assert first == second

@@ -15,7 +15,8 @@ from dynaconv.errors import UserError
 from dynaconv.experiment import run_experiment
 from dynaconv.recipe import Recipe, with_settings
 from dynaconv.rundir import RunDir
-from dynaconv.shipping.classifier import Classifier, find_pictures
+from dynaconv.shipping.classifier import Classifier
+from dynaconv.shipping.prediction import find_pictures
 
 SMALL = with_settings(
     Recipe(name="small"),

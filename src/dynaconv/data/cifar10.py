@@ -14,8 +14,9 @@ import numpy.typing as npt
 
 from dynaconv.data import hub
 from dynaconv.data.cache import cache_folder
+from dynaconv.data.decoding import Pixels
 from dynaconv.data.download import Checksum, DiskError, DownloadError, Patience, download, is_offline
-from dynaconv.data.pictures import LabelledPictures, Notify, PictureSplit, Pixels, SplitName, Splits, ignore
+from dynaconv.data.pictures import LabelledPictures, Notify, PictureSplit, SplitName, Splits, ignore
 from dynaconv.data.tables import find_parquet, parquet_splits
 from dynaconv.errors import UserError
 

@@ -5,7 +5,8 @@ from pathlib import Path
 
 import numpy as np
 
-from dynaconv.data.pictures import PICTURE_SUFFIXES, LabelledPictures, Notify, PictureSplit, Splits, ignore
+from dynaconv.data.decoding import PICTURE_SUFFIXES
+from dynaconv.data.pictures import LabelledPictures, Notify, PictureSplit, Splits, ignore
 from dynaconv.errors import UserError
 
 _HELD_OUT = frozenset(("test", "val", "valid", "validation", "dev"))

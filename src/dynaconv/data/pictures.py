@@ -1,54 +1,31 @@
 """From picture files to pixels: decode any picture to one uint8 form, resize it, stack many into an ImageSet."""
 
-import io
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Literal, TypeAlias, TypeVar
+from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
 
 import numpy as np
 import numpy.typing as npt
-import torch
-from PIL import Image, UnidentifiedImageError
 
-from dynaconv.data.images import ImageSet
+from dynaconv.data.decoding import BadPictureError, Pixels, decode, read_header
 from dynaconv.errors import UserError
 
+if TYPE_CHECKING:  # who decodes a picture to classify it elsewhere has no torch
+    import torch
+
+    from dynaconv.data.images import ImageSet
+
 T = TypeVar("T")
-Pixels: TypeAlias = npt.NDArray[np.uint8]
 Notify: TypeAlias = Callable[[str], None]
 SplitName: TypeAlias = Literal["train", "test"]
 BadFilePolicy: TypeAlias = Literal["stop", "skip"]
 
-PICTURE_SUFFIXES = frozenset(
-    (".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".gif", ".bmp", ".tif", ".tiff", ".ppm", ".pgm", ".pbm", ".jp2")
-)
-"""Endings, in lower case, of the files that are taken for pictures."""
-
-MAX_PIXELS = 50_000_000
-"""A picture with more pixels is refused before it is decoded: a few hundred bytes can claim gigabytes."""
-_TOO_MANY_PIXELS = f"it has more than {MAX_PIXELS // 10**6} million pixels"
-
 MAX_PREPARED_BYTES = 8 * 2**30
 """A set of images is held in memory whole; one that needs more than this is refused before it is decoded."""
 
-# A closed list, because some of Pillow's other readers start programs (EPS starts Ghostscript).
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF", "BMP", "TIFF", "PPM", "JPEG2000")
-_GREY_MODES = frozenset(("1", "L", "LA", "La", "I", "I;16", "I;16L", "I;16B", "I;16N", "F"))
-_ALPHA_MODES = frozenset(("RGBA", "LA", "PA", "La", "RGBa"))
-_EXIF_KEYS = frozenset(("exif", "Raw profile type exif"))
-_ORIENTATION_TAG = 0x0112
-_UPRIGHT = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 _DECODE_THREADS = 2
 # Decoding small pictures is mostly Python, where two threads wait for each other: 13 s for CIFAR-10, 8 s on one.
 _SMALL_BYTES = 8192
@@ -92,43 +69,12 @@ Splits: TypeAlias = dict[SplitName, PictureSplit]
 """The splits that a source has of its own: always "train", sometimes "test"."""
 
 
-class _BadPictureError(Exception):
-    """Says why a picture cannot be read, as the end of a sentence."""
-
-
 class _DiffersError(Exception):
     """A picture is not like the first, so they are not all of one form."""
 
 
 def ignore(message: str) -> None:
     """Takes a notice and shows it to nobody: the default where a caller wants no notices."""
-
-
-def decode_picture(
-    content: bytes | Path, name: str, *, image_size: int | None = None, channels: int | None = None
-) -> Pixels:
-    """Decodes one picture to upright 8-bit pixels.
-
-    The EXIF rotation is applied, a palette is resolved, transparency is laid on white, 16-bit grey is divided
-    by 257, CMYK becomes RGB, and of an animation the first frame is taken. Resizing is a plain antialiased
-    bilinear resize to a square: nothing is cropped, so a picture that is not square is squeezed.
-
-    Args:
-        content: The bytes of a picture file, or the path of one.
-        name: What to call the picture in a message.
-        image_size: Height and width in pixels of the result; None keeps the picture's own.
-        channels: 1 (grey) or 3 (RGB); None keeps the picture's own form.
-
-    Returns:
-        (H, W, C) uint8, C is 1 or 3, values 0 to 255.
-
-    Raises:
-        UserError: empty, damaged, not a picture, unreadable, or more than MAX_PIXELS pixels.
-    """
-    try:
-        return _decode(content, image_size, channels)
-    except _BadPictureError as error:
-        raise UserError(f"{name} cannot be read as a picture: {error}.") from error
 
 
 def assemble(
@@ -138,7 +84,7 @@ def assemble(
     channels: int | None = None,
     on_bad_file: BadFilePolicy = "stop",
     notify: Notify = ignore,
-) -> ImageSet:
+) -> "ImageSet":
     """Decodes labelled pictures into one set of images of one size.
 
     Without `image_size`, pictures that are all square and of one size keep it; otherwise all are resized to the
@@ -166,20 +112,20 @@ def assemble(
 
     uniform = _decode_uniform(pictures, found.description) if image_size is None and channels is None else None
     if uniform is not None:
-        return ImageSet(torch.from_numpy(uniform), torch.from_numpy(found.labels), found.classes, found.description)
+        return _to_image_set(uniform, found, found.labels)
     kept, threaded = np.arange(len(pictures)), _worth_threads(pictures)
     if image_size is None or channels is None:
-        headers = _attempt_all(lambda index: _read_header(pictures[index]), kept, threaded)
+        headers = _attempt_all(lambda index: read_header(pictures[index]), kept, threaded)
         kept, bad = _without_bad(headers, kept)
         _report_bad(found.names, bad, on_bad_file, notify)
-        good = [header for header in headers if not isinstance(header, _BadPictureError)]
+        good = [header for header in headers if not isinstance(header, BadPictureError)]
         image_size = image_size or _common_side([size for size, _ in good], found.description, notify)
         channels = channels or (3 if any(is_colour for _, is_colour in good) else 1)
     _check_memory(len(kept), channels, image_size, found.description)
     images = np.empty((len(kept), channels, image_size, image_size), dtype=np.uint8)
 
     def fill(place: int) -> None:
-        pixels = _decode(pictures[kept[place]], image_size, channels)
+        pixels = decode(pictures[kept[place]], image_size, channels)
         images[place] = pixels.transpose(2, 0, 1)
 
     places, bad_places = _without_bad(_attempt_all(fill, np.arange(len(kept)), threaded), np.arange(len(kept)))
@@ -187,10 +133,10 @@ def assemble(
         bad = {int(kept[place]): reason for place, reason in bad_places.items()}
         _report_bad(found.names, bad, on_bad_file, notify)
         images, kept = images[places], kept[places]
-    return ImageSet(torch.from_numpy(images), torch.from_numpy(found.labels[kept]), found.classes, found.description)
+    return _to_image_set(images, found, found.labels[kept])
 
 
-def change_form(images: torch.Tensor, image_size: int | None, channels: int | None) -> torch.Tensor:
+def change_form(images: "torch.Tensor", image_size: int | None, channels: int | None) -> "torch.Tensor":
     """Resizes decoded images and changes their number of channels.
 
     Args:
@@ -201,6 +147,8 @@ def change_form(images: torch.Tensor, image_size: int | None, channels: int | No
     Returns:
         (N, channels, image_size, image_size) uint8, contiguous.
     """
+    import torch
+
     if channels == 1 and images.shape[1] == 3:
         red, green, blue = (images[:, index : index + 1].int() for index in range(3))
         images = ((red * 19595 + green * 38470 + blue * 7471 + 32768) >> 16).to(torch.uint8)
@@ -214,13 +162,22 @@ def change_form(images: torch.Tensor, image_size: int | None, channels: int | No
 
 def _assemble_array(
     found: LabelledPictures, pixels: Pixels, image_size: int | None, channels: int | None, notify: Notify
-) -> ImageSet:
+) -> "ImageSet":
+    import torch
+
     height, width = pixels.shape[1:3]
     image_size = image_size or _common_side([(height, width)], found.description, notify)
     _check_memory(len(pixels), channels or pixels.shape[3], image_size, found.description)
     images = torch.from_numpy(np.ascontiguousarray(pixels.transpose(0, 3, 1, 2)))
-    images = change_form(images, image_size, channels)
-    return ImageSet(images, torch.from_numpy(found.labels), found.classes, found.description)
+    return _to_image_set(change_form(images, image_size, channels).numpy(), found, found.labels)
+
+
+def _to_image_set(images: Pixels, found: LabelledPictures, labels: npt.NDArray[np.int64]) -> "ImageSet":
+    import torch
+
+    from dynaconv.data.images import ImageSet
+
+    return ImageSet(torch.from_numpy(images), torch.from_numpy(labels), found.classes, found.description)
 
 
 def _decode_uniform(pictures: Sequence[bytes | Path], description: str) -> Pixels | None:
@@ -229,20 +186,20 @@ def _decode_uniform(pictures: Sequence[bytes | Path], description: str) -> Pixel
     Saves opening every picture twice, to look and to decode, which is a fifth of the time for 32 x 32 PNGs.
     """
     try:
-        form = _decode(pictures[0], None, None).shape
+        form = decode(pictures[0], None, None).shape
         if form[0] != form[1]:
             return None
         _check_memory(len(pictures), form[2], form[0], description)
         images = np.empty((len(pictures), form[2], form[0], form[1]), dtype=np.uint8)
 
         def fill(index: int) -> None:
-            pixels = _decode(pictures[index], None, None)
+            pixels = decode(pictures[index], None, None)
             if pixels.shape != form:
                 raise _DiffersError
             images[index] = pixels.transpose(2, 0, 1)
 
         results = _attempt_all(fill, np.arange(len(pictures)), _worth_threads(pictures))
-    except (_BadPictureError, _DiffersError):
+    except (BadPictureError, _DiffersError):
         return None
     return None if any(results) else images
 
@@ -252,16 +209,16 @@ def _worth_threads(pictures: Sequence[bytes | Path]) -> bool:
     return any(isinstance(picture, Path) or len(picture) > _SMALL_BYTES for picture in pictures[:100])
 
 
-def _attempt_all(work: Callable[[int], T], indices: npt.NDArray[np.intp], threaded: bool) -> list[T | _BadPictureError]:
+def _attempt_all(work: Callable[[int], T], indices: npt.NDArray[np.intp], threaded: bool) -> list[T | BadPictureError]:
     """Does `work` for every index, on threads if asked; a bad picture's reason takes the place of its result."""
 
-    def attempt(index: int) -> T | _BadPictureError:
+    def attempt(index: int) -> T | BadPictureError:
         try:
             return work(index)
-        except _BadPictureError as error:
+        except BadPictureError as error:
             return error
 
-    def attempt_some(start: int) -> list[T | _BadPictureError]:
+    def attempt_some(start: int) -> list[T | BadPictureError]:
         return [attempt(index) for index in indices[start : start + _PICTURES_PER_TASK]]
 
     if not threaded:
@@ -275,7 +232,7 @@ def _without_bad(
     results: Sequence[object], indices: npt.NDArray[np.intp]
 ) -> tuple[npt.NDArray[np.intp], dict[int, str]]:
     """Returns the indices of the good results, and the reason of each bad one."""
-    bad = {index: str(result) for index, result in enumerate(results) if isinstance(result, _BadPictureError)}
+    bad = {index: str(result) for index, result in enumerate(results) if isinstance(result, BadPictureError)}
     return np.delete(indices, list(bad)), bad
 
 
@@ -316,85 +273,3 @@ def _check_memory(count: int, channels: int, image_size: int, description: str) 
             f"{description} would take {needed / 2**30:.1f} GiB of memory as {count} images of {image_size} x "
             f"{image_size}, more than {MAX_PREPARED_BYTES // 2**30} GiB; choose a smaller --image-size."
         )
-
-
-def _open(content: bytes | Path) -> Image.Image:
-    if isinstance(content, Path) and content.exists() and not content.is_file():
-        raise _BadPictureError("it is no plain file")
-    if len(content) == 0 if isinstance(content, bytes) else content.stat().st_size == 0:
-        raise _BadPictureError("it is empty")
-    image = Image.open(io.BytesIO(content) if isinstance(content, bytes) else content, formats=_FORMATS)
-    if image.width * image.height > MAX_PIXELS:
-        image.close()
-        raise _BadPictureError(_TOO_MANY_PIXELS)
-    return image
-
-
-def _read_header(content: bytes | Path) -> tuple[tuple[int, int], bool]:
-    """Returns the stored (height, width), and whether the picture is stored in colour, without decoding it."""
-    try:
-        with _open(content) as image:
-            return (image.height, image.width), image.mode not in _GREY_MODES
-    except Exception as error:
-        raise _explain(error) from error
-
-
-def _decode(content: bytes | Path, image_size: int | None, channels: int | None) -> Pixels:
-    try:
-        with _open(content) as image:
-            if image_size is not None:
-                # Lets a large JPEG be decoded at a half, a quarter or an eighth, still finer than wanted.
-                image.draft(None, (3 * image_size, 3 * image_size))
-            grey = image.mode in _GREY_MODES if channels is None else channels == 1
-            plain = _without_alpha(_to_8_bits(_upright(image)))
-            if plain.mode != (mode := "L" if grey else "RGB"):  # Saves a copy of nearly every picture.
-                plain = plain.convert(mode)
-            if image_size is not None and plain.size != (image_size, image_size):
-                plain = plain.resize((image_size, image_size), Image.Resampling.BILINEAR)
-            pixels = np.asarray(plain, dtype=np.uint8)
-            return pixels[:, :, np.newaxis] if grey else pixels
-    except Exception as error:
-        raise _explain(error) from error
-
-
-def _explain(error: Exception) -> _BadPictureError:
-    """Gives the reason in words. Pillow's readers raise nearly any exception for a damaged file."""
-    if isinstance(error, _BadPictureError):
-        return error
-    if isinstance(error, Image.DecompressionBombError | Image.DecompressionBombWarning):
-        return _BadPictureError(_TOO_MANY_PIXELS)
-    if isinstance(error, UnidentifiedImageError):
-        return _BadPictureError("it is in no known picture format")
-    if isinstance(error, FileNotFoundError):
-        return _BadPictureError("there is no such file")
-    if isinstance(error, OSError) and error.strerror:
-        return _BadPictureError(error.strerror[0].lower() + error.strerror[1:])
-    return _BadPictureError("it is damaged or cut short")
-
-
-def _upright(image: Image.Image) -> Image.Image:
-    image.load()  # A PNG may hold its EXIF data after its pixels.
-    if image.format != "TIFF" and _EXIF_KEYS.isdisjoint(image.info):
-        return image
-    try:
-        orientation = image.getexif().get(_ORIENTATION_TAG, 1)
-    except Exception:  # Damaged EXIF data beside good pixels: cameras and editors write such files.
-        return image
-    return image.transpose(_UPRIGHT[orientation]) if orientation in _UPRIGHT else image
-
-
-def _to_8_bits(image: Image.Image) -> Image.Image:
-    if image.mode == "F":
-        raise _BadPictureError("its pixels are floating-point numbers; save it with 8 bits per channel")
-    if not image.mode.startswith("I"):
-        return image
-    wide = np.asarray(image).astype(np.int64).clip(0, 65535)
-    return Image.fromarray(((wide + 128) // 257).astype(np.uint8))
-
-
-def _without_alpha(image: Image.Image) -> Image.Image:
-    if image.mode not in _ALPHA_MODES and "transparency" not in image.info:
-        return image
-    colour = image.convert("RGBA")
-    white = Image.new("RGBA", colour.size, "white")
-    return Image.alpha_composite(white, colour).convert("RGB")

@@ -12,8 +12,9 @@ import numpy.typing as npt
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from dynaconv.data.decoding import Pixels
 from dynaconv.data.hub import SplitFiles, split_of
-from dynaconv.data.pictures import MAX_PREPARED_BYTES, LabelledPictures, PictureSplit, Pixels, SplitName, Splits
+from dynaconv.data.pictures import MAX_PREPARED_BYTES, LabelledPictures, PictureSplit, SplitName, Splits
 from dynaconv.errors import UserError
 
 IMAGE_COLUMNS = ("img", "image", "images", "picture", "pixels", "bytes")

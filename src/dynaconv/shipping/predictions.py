@@ -8,14 +8,14 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from dynaconv.errors import UserError, WorkError
-from dynaconv.shipping.classifier import BATCH, Classifier, Prediction, find_pictures
+from dynaconv.shipping.prediction import BATCH, PictureClassifier, Prediction, find_pictures
 
 
 def predict_files(run: Path, words: list[str], top: int, form: str, stream: TextIO) -> list[dict[str, Any]]:
     """Classifies pictures and writes a line for each as soon as it is known; one that cannot be read is told, and left.
 
     Args:
-        run: Folder of a finished run.
+        run: Folder of a finished run, or an exported .onnx file, for which torch is not loaded.
         words: Files, folders, patterns, or "-" for paths from standard input.
         top: Likeliest classes to tell.
         form: "table", "jsonl" or "csv".
@@ -28,7 +28,7 @@ def predict_files(run: Path, words: list[str], top: int, form: str, stream: Text
         UserError: no such run, or no such picture.
         WorkError: some pictures could not be read; the others have been told.
     """
-    classifier = Classifier.load(run)
+    classifier = _load(run)
     paths = find_pictures(words, sys.stdin)
     tell = _FORMS[form](stream, top)
     told: list[dict[str, Any]] = []
@@ -46,14 +46,24 @@ def predict_files(run: Path, words: list[str], top: int, form: str, stream: Text
     return told
 
 
-def _predict_batch(classifier: Classifier, paths: list[Path]) -> list[Prediction | UserError]:
+def _load(run: Path) -> PictureClassifier:
+    if run.suffix == ".onnx":
+        from dynaconv.shipping.portable import PortableClassifier
+
+        return PortableClassifier(run)
+    from dynaconv.shipping.classifier import load_classifier
+
+    return load_classifier(run)
+
+
+def _predict_batch(classifier: PictureClassifier, paths: list[Path]) -> list[Prediction | UserError]:
     try:
         return list(classifier.predict_all(paths))
     except UserError:  # one of them is bad: each by itself
         return [_predict_one(classifier, path) for path in paths]
 
 
-def _predict_one(classifier: Classifier, path: Path) -> Prediction | UserError:
+def _predict_one(classifier: PictureClassifier, path: Path) -> Prediction | UserError:
     try:
         return classifier.predict(path)
     except UserError as error:

@@ -47,12 +47,14 @@ def plan_epochs(
     sizes = sizes_of_epochs(recipe, max(1, len(recipe.train.train_scales)), side)
     seconds = {size: _seconds_per_image(recipe, model, images, size, device) for size in sorted(set(sizes))}
     judging = _seconds_per_judged_image(recipe, model, images, device)
+    with torch.autocast(device.type, enabled=False):  # the end is judged in float32
+        last = _seconds_per_judged_image(recipe, model, images, device)
     views = {"one": 0, "mirror": 2, "six": 6}[recipe.evaluate.views]
     spent = time.perf_counter() - started
 
     def needed(epochs: int) -> float:
         training = sum(seconds[size] for size in sizes_of_epochs(recipe, epochs, side)) * len(images)
-        return training + judging * judged * (epochs + 3 * (1 + views))
+        return training + judged * (judging * epochs + last * 3 * (1 + views))
 
     available = budget * (1 - RESERVE) - spent
     # Never more than one epoch's cost away from the answer of the first guess: the sizes alternate.

@@ -1,0 +1,116 @@
+"""A classifier that was exported to ONNX, computed by onnxruntime; needs no torch."""
+
+import hashlib
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from dynaconv.errors import UserError
+from dynaconv.files import read_bounded
+from dynaconv.shipping.prediction import PictureClassifier
+
+FORMAT = 1
+"""Of the facts in an exported file; a file with a higher number was made by a newer version."""
+FACTS = "dynaconv"
+"""Name of the metadata that holds them, as JSON."""
+MOST_BYTES = 2 * 2**30
+"""ONNX files cannot be larger."""
+
+
+class PortableClassifier(PictureClassifier):
+    """An exported classifier: preprocessing, network, temperature and softmax are all inside its file.
+
+    Attributes:
+        path: The file.
+        sha256: Its hash.
+        facts: What the file says of itself: classes, image size, channels, temperature, threshold, versions.
+        session: Of onnxruntime, on the CPU.
+    """
+
+    def __init__(self, path: Path, threads: int = 0) -> None:
+        """Opens a file; `threads` 0 takes one per core.
+
+        Raises:
+            UserError: it is no file that `dynaconv export` made, it is damaged or newer, or it is not the one that its
+                certificate, if there is one beside it, belongs to.
+        """
+        runtime = _onnxruntime()
+        try:
+            content = read_bounded(path, MOST_BYTES)
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
+        self.path, self.sha256 = path, hashlib.sha256(content).hexdigest()
+        refuse_altered(path, self.sha256)
+        options = runtime.SessionOptions()
+        options.intra_op_num_threads = threads
+        options.log_severity_level = 3  # errors; they are raised as well
+        try:
+            # From bytes, so that a file cannot name others that belong to it.
+            self.session = runtime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+            stored = self.session.get_modelmeta().custom_metadata_map.get(FACTS)
+        except Exception as error:
+            raise UserError(f"{path} is no model that onnxruntime can open: {str(error).splitlines()[0]}") from error
+        self.facts = _read_facts(stored, path)
+        self.classes = tuple(self.facts["classes"])
+        self.image_size, self.channels = self.facts["image_size"], self.facts["channels"]
+        self.threshold = self.facts["threshold"]
+        shape = self.session.get_outputs()[0].shape
+        if shape[-1] != len(self.classes):
+            raise UserError(f"{path} names {len(self.classes)} classes and gives {shape[-1]} probabilities.")
+
+    def probabilities(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
+        """Returns calibrated probabilities, (N, classes), of (N, C, H, W) images."""
+        (found,) = self.session.run(None, {"images": images})
+        return np.asarray(found, dtype=np.float64)
+
+
+def certificate_of(path: Path) -> Path:
+    """Returns where the certificate of an exported file lies."""
+    return path.with_name(f"{path.name}.certificate.json")
+
+
+def refuse_altered(path: Path, sha256: str) -> None:
+    """Raises UserError if the certificate beside an exported file is not that of a file with this hash."""
+    certificate = certificate_of(path)
+    if not certificate.exists():
+        return
+    try:
+        expected = json.loads(read_bounded(certificate, 2**24))["file_sha256"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"{certificate} is no certificate; it was altered.") from error
+    if expected != sha256:
+        raise UserError(f"{path} is not the file that {certificate.name} belongs to: it was altered since.")
+
+
+def _read_facts(stored: str | None, path: Path) -> dict[str, Any]:
+    if stored is None:
+        raise UserError(f"{path} was not made by `dynaconv export`: it names no classes.")
+    try:
+        facts = json.loads(stored)
+        if facts["format"] > FORMAT:
+            raise UserError(f"{path} was made by a newer version of dynaconv ({facts['version']}); update this one.")
+        classes, side, channels, threshold = (facts[k] for k in ("classes", "image_size", "channels", "threshold"))
+        sound = (
+            len(classes) >= 2
+            and all(isinstance(name, str) for name in classes)
+            and channels in (1, 3)
+            and isinstance(side, int)
+            and 1 <= side <= 512
+            and (threshold is None or 0 <= threshold <= 1)
+        )
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise UserError(f"What {path} says of itself cannot be read; it was altered.") from error
+    if not sound:
+        raise UserError(f"What {path} says of itself is impossible; it was altered.")
+    return facts
+
+
+def _onnxruntime() -> Any:
+    try:
+        import onnxruntime
+    except ImportError as error:
+        raise UserError("ONNX files need onnxruntime; install it: pip install dynaconv[export].") from error
+    return onnxruntime
