@@ -13,7 +13,8 @@ import torch
 from record import write_result
 
 from dynaconv.judging.evaluate import Evaluation
-from dynaconv.judging.metrics import Rate, measure
+from dynaconv.judging.metrics import measure
+from dynaconv.judging.rate import Rate
 
 CLASSIFIERS = 1000
 ACCURACIES = (0.5, 0.99)

@@ -169,6 +169,45 @@ def parse_report(words: list[str]) -> tuple[list[Path], Path | None]:
     return [Path(folder) for folder in folders], options.into
 
 
+def parse_export(words: list[str]) -> Any:
+    """Parses RUN [--format F] [--int8] [--into FILE] [--max-drop X] [--split S] [--overwrite].
+
+    Returns an object with these attributes, the format as `form` and the run as `run`; errors as `parse_training`.
+    """
+    words = _take_folders(words, "export", "dynaconv export runs/first", ["run"])
+    return _parse_options(
+        words,
+        "export RUN",
+        "Writes a run's classifier as one file to run elsewhere, and its certificate beside it.",
+        _folder("run", "Folder of a finished run."),
+        _option(Literal["onnx", "pt2"], "format", "ONNX, or the file of torch.export.", "onnx"),
+        _option(bool, "int8", "8-bit weights and activations, their ranges taken from training images; ONNX.", False),
+        _option(Path | None, "into", "The file. None takes model.onnx, model-int8.onnx or model.pt2 in the run."),
+        _option(float, "max_drop", "Share of images, 0 to 1, that may be lost in accuracy at most.", 0.003),
+        _option(
+            Literal["validation", "test"],
+            "split",
+            "Images to prove it on. Each look at the test images is recorded in the run.",
+            "validation",
+        ),
+        _option(bool, "overwrite", "Replace a file that is there.", False),
+    )
+
+
+def parse_verify(words: list[str]) -> Any:
+    """Parses FILE --data SOURCE; returns an object with the attributes file and data; errors as `parse_training`."""
+    words = _take_folders(words, "verify", "dynaconv verify model.onnx --data cifar10", ["file"])
+    return _parse_options(
+        words,
+        "verify FILE",
+        "Repeats the proof of an exported file on this machine, by onnxruntime alone.",
+        _folder("file", "The .onnx file, its certificate beside it."),
+        _option(
+            str, "data", "Source of test images: cifar10, or a folder or file that `train --data` takes.", "cifar10"
+        ),
+    )
+
+
 def parse_predict(words: list[str]) -> tuple[list[str], Any]:
     """Parses RUN PICTURE [PICTURE ...] [--top N] [--form F].
 
@@ -195,12 +234,12 @@ def parse_predict(words: list[str]) -> tuple[list[str], Any]:
 
 def _take_folders(words: list[str], verb: str, example: str, names: list[str]) -> list[str]:
     """Gives the folders that stand first in a command their names, as options; raises UserError if one is missing."""
-    words = [_spell_out(word) for word in words]
+    words = [_dashed(word) for word in words]
     if "--help" in words or "-h" in words:
         return ["--help"]
     count = next((place for place, word in enumerate(words) if word.startswith("-")), len(words))
     if count < len(names):
-        what = "the folder of a run" if len(names) == 1 else "the folders of two runs"
+        what = {"run": "the folder of a run", "file": "an exported file"}.get(names[0], "the folders of two runs")
         raise UserError(f"`dynaconv {verb}` needs {what}: {example}.")
     if count > len(names):
         raise UserError(f"`dynaconv {verb}` takes no {words[len(names)]!r}: {example}.")
@@ -274,12 +313,15 @@ def find_recipe(name: str) -> Recipe:
     raise unknown("recipe", name, RECIPES)
 
 
-def _spell_out(word: str) -> str:
-    """`--data` is short for the setting `source`; underscores are taken as dashes."""
-    if not word.startswith("--"):
-        return word
+def _dashed(word: str) -> str:
+    """Takes underscores in the name of an option as dashes."""
     name, equals, value = word.partition("=")
-    name = name.replace("_", "-")
+    return f"{name.replace('_', '-')}{equals}{value}" if word.startswith("--") else word
+
+
+def _spell_out(word: str) -> str:
+    """`--data` is short for the setting `source`."""
+    name, equals, value = _dashed(word).partition("=")
     return f"{'--source' if name == '--data' else name}{equals}{value}"
 
 

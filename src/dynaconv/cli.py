@@ -32,8 +32,12 @@ verbs:
              say whether one run, or several with different seeds, is really better than another
   report RUN [RUN ...] [--into FILE]
              write one HTML page about a run, or several side by side, and a model card
-  predict RUN PICTURE... [--top N] [--form jsonl]
+  predict RUN|FILE.onnx PICTURE... [--top N] [--form jsonl]
              classify pictures: files, folders, patterns, or - for paths from standard input
+  export RUN [--format onnx|pt2] [--int8] [--max-drop 0.003] [--into FILE]
+             write the classifier as one file, with a certificate of what it computes and costs
+  verify FILE.onnx [--data SOURCE]
+             repeat the proof of that file on this machine, without torch
   recipes    the named recipes, with what each costs and reaches
 
 options:
@@ -177,6 +181,31 @@ def predict(words: "list[str]", people: "TextIO", started: float) -> "list[dict[
     return predict_files(options.run, pictures, options.top, options.form, people)
 
 
+def export(words: "list[str]", people: "TextIO", started: float) -> "dict[str, Any]":
+    """The verb `export`."""
+    from dynaconv.arguments import parse_export
+
+    options = parse_export(words)
+    from dynaconv.shipping.export import ExportOptions, export_run
+    from dynaconv.terminal import display
+
+    say, _ = display(people)
+    wanted = ExportOptions(
+        options.format, options.int8, options.into, options.max_drop, options.split, options.overwrite
+    )
+    return export_run(options.run, wanted, say)
+
+
+def verify(words: "list[str]", people: "TextIO", started: float) -> "dict[str, Any]":
+    """The verb `verify`."""
+    from dynaconv.arguments import parse_verify
+
+    options = parse_verify(words)
+    from dynaconv.shipping.verify import verify_file
+
+    return verify_file(options.file, options.data, lambda line: print(line, file=people))
+
+
 def _tell(result: "dict[str, Any]") -> str:
     """The line that a run ends with."""
     held_out = result["validation_accuracy"]
@@ -230,6 +259,8 @@ VERBS: "dict[str, Callable[[list[str], TextIO, float], Any]]" = {
     "compare": compare,
     "report": report,
     "predict": predict,
+    "export": export,
+    "verify": verify,
     "recipes": recipes,
 }
 """Every verb by name: a function of the words after it, the stream for people, and the time of the start."""

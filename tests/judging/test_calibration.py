@@ -17,7 +17,7 @@ from dynaconv.judging.calibration import (
     threshold_for,
 )
 from dynaconv.judging.evaluate import Evaluation
-from dynaconv.judging.metrics import Rate
+from dynaconv.judging.rate import Rate
 
 
 def draw(seed=0, images=4000, temperature=1.0):

@@ -10,7 +10,8 @@ from scipy.stats import binomtest
 from sklearn import metrics as published
 
 from dynaconv.judging.evaluate import Evaluation
-from dynaconv.judging.metrics import Rate, measure
+from dynaconv.judging.metrics import measure
+from dynaconv.judging.rate import Rate
 
 
 def draw(case):

@@ -11,7 +11,7 @@ import torch
 
 from dynaconv.errors import UserError
 from dynaconv.judging.corruptions import CORRUPTIONS, SEVERITIES, TITLE, corrupt
-from dynaconv.judging.metrics import Rate
+from dynaconv.judging.rate import Rate
 from dynaconv.judging.robustness import (
     CIFAR10_C,
     Block,

@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import os
 import zlib
 from collections.abc import Iterable
 from pathlib import Path
@@ -11,20 +10,13 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
+from dynaconv.data.download import cache_folder
 from dynaconv.data.images import ImageSet
 from dynaconv.data.pictures import Notify
 from dynaconv.errors import UserError
 from dynaconv.files import writing_whole
 
 _FORMAT = 1  # Raised whenever the same files would be prepared differently than before.
-
-
-def cache_folder() -> Path:
-    """Returns $DYNACONV_CACHE, else $XDG_CACHE_HOME/dynaconv, else ~/.cache/dynaconv. Creates nothing."""
-    if own := os.environ.get("DYNACONV_CACHE"):
-        return Path(own).expanduser()
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared).expanduser() if shared else Path.home() / ".cache") / "dynaconv"
 
 
 def prepared_key(files: Iterable[Path], **options: object) -> str:

@@ -9,7 +9,7 @@ import torch
 from scipy import optimize, special
 
 from dynaconv.judging.evaluate import Evaluation
-from dynaconv.judging.metrics import Rate
+from dynaconv.judging.rate import Rate
 
 BINS = 15
 COLDEST, HOTTEST = 0.05, 20.0

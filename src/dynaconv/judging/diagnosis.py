@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, Literal, TypeAlias
 
-from dynaconv.judging.metrics import QUANTILE
+from dynaconv.judging.rate import QUANTILE
 from dynaconv.recipe import Recipe
 
 FEWEST_EPOCHS = 4

@@ -8,7 +8,8 @@ import torch
 from dynaconv.errors import UserError
 from dynaconv.judging.calibration import confidences, coverage, fit_temperature, reliability, threshold_for
 from dynaconv.judging.evaluate import Evaluation
-from dynaconv.judging.metrics import Rate, measure
+from dynaconv.judging.metrics import measure
+from dynaconv.judging.rate import Rate
 
 
 @dataclass(frozen=True)

@@ -12,8 +12,8 @@ from torch.nn import functional
 
 from dynaconv.data.images import ImageSet
 from dynaconv.judging.evaluate import Evaluation, evaluate
-from dynaconv.judging.metrics import Rate
 from dynaconv.judging.paired import Difference, paired_difference
+from dynaconv.judging.rate import Rate
 from dynaconv.model.network import Block, Network
 from dynaconv.recipe import Recipe
 

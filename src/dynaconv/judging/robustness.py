@@ -14,7 +14,7 @@ from dynaconv.data.cifar10 import CLASSES
 from dynaconv.data.split import split_stratified
 from dynaconv.errors import UserError, unknown
 from dynaconv.judging.corruptions import SEVERITIES, TITLE, corrupt, corruptions_for
-from dynaconv.judging.metrics import Rate
+from dynaconv.judging.rate import Rate
 
 Predict: TypeAlias = Callable[[torch.Tensor], torch.Tensor]
 """(N, C, H, W) uint8 to logits, (N, classes) float, on any device."""

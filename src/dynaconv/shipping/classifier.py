@@ -24,7 +24,7 @@ class Classifier(PictureClassifier):
 
     def __init__(self, trained: Trained, calibration: Calibration) -> None:
         """Takes a network with what it was trained on, and the calibration that was fitted on validation images."""
-        self._trained, self.calibration = trained, calibration
+        self.trained, self.calibration = trained, calibration
         self.classes = trained.classes
         self.image_size = trained.image_size
         self.channels = trained.channels
@@ -51,9 +51,9 @@ class Classifier(PictureClassifier):
     @torch.no_grad()
     def probabilities(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
         """Returns calibrated probabilities, (N, classes), of (N, C, H, W) images."""
-        device = next(self._trained.network.parameters()).device
-        batch = normalize(to_tensor(torch.from_numpy(images).to(device)), self._trained.recipe.augment)
-        return (self._trained.network(batch).double() / self.calibration.temperature).softmax(1).cpu().numpy()
+        device = next(self.trained.network.parameters()).device
+        batch = normalize(to_tensor(torch.from_numpy(images).to(device)), self.trained.recipe.augment)
+        return (self.trained.network(batch).double() / self.calibration.temperature).softmax(1).cpu().numpy()
 
 
 def load_classifier(path: Path, device: str = "cpu") -> Classifier:

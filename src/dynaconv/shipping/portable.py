@@ -28,6 +28,7 @@ class PortableClassifier(PictureClassifier):
         sha256: Its hash.
         facts: What the file says of itself: classes, image size, channels, temperature, threshold, versions.
         session: Of onnxruntime, on the CPU.
+        certificate: What lies beside it, None where nothing does.
     """
 
     def __init__(self, path: Path, threads: int = 0) -> None:
@@ -43,7 +44,11 @@ class PortableClassifier(PictureClassifier):
         except OSError as error:
             raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
         self.path, self.sha256 = path, hashlib.sha256(content).hexdigest()
-        refuse_altered(path, self.sha256)
+        self.certificate = read_certificate(path)
+        if self.certificate is not None and self.certificate["file_sha256"] != self.sha256:
+            raise UserError(
+                f"{path} is not the file that {certificate_of(path).name} belongs to: it was altered since."
+            )
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads
         options.log_severity_level = 3  # errors; they are raised as well
@@ -72,17 +77,18 @@ def certificate_of(path: Path) -> Path:
     return path.with_name(f"{path.name}.certificate.json")
 
 
-def refuse_altered(path: Path, sha256: str) -> None:
-    """Raises UserError if the certificate beside an exported file is not that of a file with this hash."""
-    certificate = certificate_of(path)
-    if not certificate.exists():
-        return
+def read_certificate(path: Path) -> dict[str, Any] | None:
+    """Reads the certificate beside an exported file, None where there is none; raises UserError if it was altered."""
+    beside = certificate_of(path)
+    if not beside.exists():
+        return None
     try:
-        expected = json.loads(read_bounded(certificate, 2**24))["file_sha256"]
+        certificate = json.loads(read_bounded(beside, 2**24))
+        if not isinstance(certificate["file_sha256"], str):
+            raise TypeError
     except (OSError, ValueError, KeyError, TypeError, RecursionError) as error:
-        raise UserError(f"{certificate} is no certificate; it was altered.") from error
-    if expected != sha256:
-        raise UserError(f"{path} is not the file that {certificate.name} belongs to: it was altered since.")
+        raise UserError(f"{beside} is no certificate; it was altered.") from error
+    return certificate
 
 
 def _read_facts(stored: str | None, path: Path) -> dict[str, Any]:

@@ -1,0 +1,240 @@
+"""Export: a run's classifier as one file to run elsewhere, written only with the proof that it is the judged one."""
+
+import importlib.util
+import json
+import logging
+import tempfile
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+
+from dynaconv import __version__
+from dynaconv.data.augment import normalize, to_tensor
+from dynaconv.data.images import ImageSet
+from dynaconv.data.sources import load_images, options_of
+from dynaconv.device import keep_freed_memory, use_threads
+from dynaconv.errors import UserError, WorkError
+from dynaconv.files import writing_whole
+from dynaconv.judging.trained import load_judged_images
+from dynaconv.model.network import Block
+from dynaconv.shipping.certificate import SAME, Side, certify, tell
+from dynaconv.shipping.classifier import Classifier, load_classifier
+from dynaconv.shipping.portable import FACTS, FORMAT, PortableClassifier, certificate_of
+
+OPSET = 20
+CALIBRATION_IMAGES = 512
+"""Training images from which the ranges of an 8-bit file are taken."""
+
+
+@dataclass(frozen=True)
+class ExportOptions:
+    """What to export, and what it may cost.
+
+    Attributes:
+        form: "onnx" or "pt2".
+        int8: 8-bit weights and activations; ONNX only.
+        into: The file; None takes model.onnx, model-int8.onnx or model.pt2 in the run's folder.
+        max_drop: Accuracy, 0 to 1, that may be lost at most.
+        split: "validation", or "test", which is recorded in the run as a look at the test images.
+        overwrite: Replace a file that is there.
+    """
+
+    form: str = "onnx"
+    int8: bool = False
+    into: Path | None = None
+    max_drop: float = 0.003
+    split: str = "validation"
+    overwrite: bool = False
+
+
+class Portable(nn.Module):
+    """What is exported: preprocessing, network, temperature and softmax, from pixels to probabilities."""
+
+    def __init__(self, classifier: Classifier) -> None:
+        """Takes the network of a classifier; its mixtures are computed literally, which every runtime can."""
+        super().__init__()
+        trained = classifier.trained
+        self.network, self._augment = trained.network, trained.recipe.augment
+        self._temperature = classifier.calibration.temperature
+        for layer in self.network.modules():
+            if isinstance(layer, Block):
+                layer.form = "literal"
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        """Maps (N, C, H, W) uint8 to (N, classes) float32 that sum to 1."""
+        return (self.network(normalize(to_tensor(images), self._augment)) / self._temperature).softmax(1)
+
+
+def export_run(run: Path, options: ExportOptions, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Writes the classifier of a finished run as a file, and the certificate of that file beside it.
+
+    Args:
+        run: Folder of the run.
+        options: What to export.
+        say: Shows a line to the user.
+
+    Returns:
+        The certificate.
+
+    Raises:
+        UserError: no finished run, a target that is there, settings that do not go together, or a missing package.
+        WorkError: the file is not the judged classifier within its bounds; no file is left.
+    """
+    if options.form == "pt2" and options.int8:
+        raise UserError("--int8 goes with --format onnx; torch.export's files keep float32.")
+    name = {"onnx": "model-int8.onnx" if options.int8 else "model.onnx", "pt2": "model.pt2"}[options.form]
+    target = options.into or run / name
+    if target.exists() and not options.overwrite:
+        raise UserError(f"{target} exists; say --overwrite to replace it, or --into for another file.")
+    if not target.parent.is_dir():
+        raise UserError(f"The folder {target.parent} does not exist; make it first.")
+    require_packages(options)
+    keep_freed_memory()
+    classifier = load_classifier(run)
+    trained = classifier.trained
+    use_threads(trained.recipe.train.threads)
+    images = load_judged_images(trained, options.split, options_of(trained.recipe.data))
+    if options.split == "test":
+        count = trained.run.add_look(f"dynaconv export {run} --split test")
+        say(f"This is look {count} at the test images by this run; each is recorded.")
+    facts = _facts(classifier)
+    before = Side.of_torch(classifier, images)
+    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+        draft = Path(folder) / name
+        after = _write(Portable(classifier).eval(), draft, facts, classifier, options)
+        document = certify(before, after, images, draft, classifier, options.split)
+        _require_same(document, options)
+        with writing_whole(certificate_of(target)) as temporary:
+            temporary.write_text(json.dumps(document, indent=2) + "\n")
+        draft.replace(target)
+    for line in tell(document, target):
+        say(line)
+    return {**document, "file": str(target)}
+
+
+def require_packages(options: ExportOptions) -> None:
+    """Raises UserError, naming what to install, if a package that the export needs is not there."""
+    missing = [name for name in ("onnx", "onnxruntime", "onnxscript") if importlib.util.find_spec(name) is None]
+    if options.form == "onnx" and missing:
+        raise UserError(f"Exporting to ONNX needs {missing[0]}; install it: pip install dynaconv[export].")
+
+
+def _facts(classifier: Classifier) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "version": __version__,
+        "classes": list(classifier.classes),
+        "image_size": classifier.image_size,
+        "channels": classifier.channels,
+        "temperature": classifier.calibration.temperature,
+        "threshold": classifier.threshold,
+        "input": "images: (N, C, H, W) uint8, 0 to 255",
+        "output": "probabilities: (N, classes) float32",
+    }
+
+
+def _write(model: Portable, draft: Path, facts: dict[str, Any], classifier: Classifier, options: ExportOptions) -> Side:
+    """Writes the file; returns what computes with it."""
+    example = torch.zeros(2, facts["channels"], facts["image_size"], facts["image_size"], dtype=torch.uint8)
+    batch = {"images": {0: torch.export.Dim("batch")}}
+    if options.form == "pt2":
+        program = torch.export.export(model, (example,), dynamic_shapes=batch)
+        torch.export.save(program, draft, extra_files={f"{FACTS}.json": json.dumps(facts)})
+        loaded = torch.export.load(draft).module()
+
+        def compute(pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+            with torch.no_grad():
+                return loaded(torch.from_numpy(pixels)).double().numpy()
+
+        return Side("torch.export", compute)
+    whole = draft.with_name("float32.onnx") if options.int8 else draft
+    with warnings.catch_warnings():
+        # The exporter tells of torch's own deprecations and of packages that are not needed here.
+        warnings.simplefilter("ignore")
+        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+        program = torch.onnx.export(
+            model,
+            (example,),
+            dynamo=True,
+            input_names=["images"],
+            output_names=["probabilities"],
+            dynamic_shapes=batch,
+            opset_version=OPSET,
+            verbose=False,
+        )
+    if program is None:
+        raise WorkError("torch could not express the network in ONNX.")
+    _save(program.model_proto, whole, facts)
+    if options.int8:
+        _quantize(whole, draft, classifier)
+        import onnx
+
+        _save(onnx.load(draft), draft, facts)
+    return Side.of_onnx(PortableClassifier(draft, torch.get_num_threads()))
+
+
+def _save(model: Any, path: Path, facts: dict[str, Any]) -> None:
+    import onnx
+
+    onnx.helper.set_model_props(model, {FACTS: json.dumps(facts)})
+    onnx.save(model, path)
+
+
+def _quantize(whole: Path, target: Path, classifier: Classifier) -> None:
+    """Turns a float32 file into one with 8-bit weights and activations, with ranges from training images."""
+    from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
+    from onnxruntime.quantization.shape_inference import quant_pre_process
+
+    images = _training_images(classifier).images.numpy()
+
+    class Reader(CalibrationDataReader):
+        def __init__(self) -> None:
+            self._batches = iter(np.array_split(images, max(1, len(images) // 64)))
+
+        def get_next(self) -> dict[str, Any] | None:  # pyright: ignore[reportIncompatibleMethodOverride]
+            batch = next(self._batches, None)
+            return None if batch is None else {"images": batch}
+
+    prepared = whole.with_name("prepared.onnx")
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        logging.getLogger().setLevel(logging.ERROR)
+        quant_pre_process(whole, prepared, skip_symbolic_shape=True)
+        quantize_static(
+            prepared,
+            target,
+            Reader(),
+            quant_format=QuantFormat.QDQ,
+            per_channel=True,
+            activation_type=QuantType.QUInt8,
+            weight_type=QuantType.QInt8,
+            op_types_to_quantize=["Conv"],
+        )
+
+
+def _training_images(classifier: Classifier) -> ImageSet:
+    trained = classifier.trained
+    images = load_images(trained.recipe.data.source, "train", options_of(trained.recipe.data))
+    chosen = torch.tensor(trained.run.read_json("split.json").get("train") or list(range(len(images))))
+    return images.subset(chosen[:: max(1, len(chosen) // CALIBRATION_IMAGES)])
+
+
+def _require_same(document: dict[str, Any], options: ExportOptions) -> None:
+    drop = document["accuracy_before"]["value"] - document["accuracy_after"]["value"]
+    largest = document["largest_probability_difference"]
+    if not options.int8 and (largest > SAME or document["agreement"]["value"] < 1):
+        raise WorkError(
+            f"The exported file is not the judged classifier: probabilities differ by up to {largest:.1e} (at most "
+            f"{SAME:.0e} is allowed), and {document['agreement']['value']:.3%} of the classes agree. No file was left."
+        )
+    if drop > options.max_drop:
+        raise WorkError(
+            f"The exported file loses {100 * drop:.2f} points of accuracy, more than --max-drop "
+            f"{100 * options.max_drop:g} allows; no file was left."
+        )

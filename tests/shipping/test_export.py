@@ -1,0 +1,254 @@
+"""Exported files: the same probabilities for every kind of picture, bounds that hold, files that were altered."""
+
+import io
+import json
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from dynaconv.cli import main
+from dynaconv.errors import UserError, WorkError
+from dynaconv.experiment import run_experiment
+from dynaconv.recipe import Recipe, with_settings
+from dynaconv.rundir import RunDir
+from dynaconv.shipping import export as module
+from dynaconv.shipping.classifier import Classifier
+from dynaconv.shipping.export import ExportOptions, export_run
+from dynaconv.shipping.portable import FACTS, PortableClassifier
+from dynaconv.shipping.verify import digest, read_pixels, verify_file
+
+SMALL = with_settings(
+    Recipe(name="small"),
+    source="digits",
+    epochs=4,
+    widths=(8, 16),
+    num_convolutions=(2,),
+    pool_after=(1,),
+    batch_size=32,
+    learning_rate=0.01,
+    wanted_precision=0.5,
+    threads=1,
+    channels=3,
+)
+
+
+def quiet(line):
+    pass
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    path = tmp_path_factory.mktemp("runs") / "run"
+    run_experiment(SMALL, path, quiet)
+    return path
+
+
+@pytest.fixture(scope="module")
+def exported(run):
+    lines = []
+    certificate = export_run(run, ExportOptions(), lines.append)
+    return run / "model.onnx", certificate, lines
+
+
+def test_the_file_is_the_judged_classifier_and_its_certificate_says_so(run, exported):
+    path, certificate, lines = exported
+    result = RunDir.open(run).read_json("result.json")
+    assert certificate["accuracy_before"]["value"] == pytest.approx(result["validation_accuracy"])
+    assert certificate["accuracy_after"] == certificate["accuracy_before"]
+    assert certificate["agreement"]["value"] == 1
+    assert 0 < certificate["largest_probability_difference"] < 1e-5
+    assert certificate["bytes_after"] == path.stat().st_size
+    assert json.loads((run / "model.onnx.certificate.json").read_text())["file_sha256"] == certificate["file_sha256"]
+    assert "The class agrees on 100.00%" in lines[1]
+    assert not [file for file in run.iterdir() if file.name.startswith(".model")]
+
+
+def _file(image, form, **more):
+    buffer = io.BytesIO()
+    image.save(buffer, form, **more)
+    return buffer.getvalue()
+
+
+def pictures():
+    generator = np.random.default_rng(0)
+    colour = Image.fromarray(generator.integers(0, 256, (40, 30, 3), dtype=np.uint8))
+    large = Image.fromarray(generator.integers(0, 256, (30, 40, 3), dtype=np.uint8)).resize((4000, 3000))
+    turned = Image.Exif()
+    turned[0x0112] = 6
+    return {
+        "jpeg": _file(colour, "JPEG"),
+        "png": _file(colour, "PNG"),
+        "webp": _file(colour, "WEBP"),
+        "gif": _file(colour.quantize(32), "GIF"),
+        "bmp": _file(colour, "BMP"),
+        "grey": _file(colour.convert("L"), "PNG"),
+        "alpha": _file(colour.convert("RGBA").resize((31, 17)), "PNG"),
+        "palette": _file(colour.quantize(16), "PNG"),
+        "16-bit": _file(Image.fromarray(generator.integers(0, 2**16, (20, 20), dtype=np.uint16)), "PNG"),
+        "rotated": _file(colour, "JPEG", exif=turned),
+        "1x1": _file(colour.resize((1, 1)), "PNG"),
+        "4000x3000": _file(large, "JPEG"),
+    }
+
+
+def test_every_kind_of_picture_gets_the_same_probabilities_in_every_way(run, exported, tmp_path, capsys):
+    kinds = pictures()
+    paths = []
+    for name, content in kinds.items():
+        paths.append(tmp_path / name)
+        paths[-1].write_bytes(content)
+    by_torch = [each.probabilities for each in Classifier.load(run).predict_all(list(kinds.values()))]
+    portable = Classifier.load(exported[0])
+    assert isinstance(portable, PortableClassifier)
+    by_onnx = [each.probabilities for each in portable.predict_all(paths)]
+    assert np.abs(np.array(by_torch) - np.array(by_onnx)).max() < 1e-5
+    assert np.std(np.array(by_torch), axis=0).max() > 1e-3  # the pictures differ, and so do their probabilities
+    told = []
+    for model in (run, exported[0]):
+        assert main(["predict", str(model), *map(str, paths), "--top", "10", "--form", "jsonl"]) == 0
+        told.append([json.loads(line) for line in capsys.readouterr().out.splitlines()])
+    for one, other in zip(*told, strict=True):
+        assert one["abstains"] == other["abstains"]
+        assert one["label"] == other["label"]
+        assert one["confidence"] == pytest.approx(other["confidence"], abs=1e-5)
+
+
+def test_any_number_of_pictures_at_once(exported):
+    portable = PortableClassifier(exported[0])
+    images = np.random.default_rng(1).integers(0, 256, (7, 3, 8, 8), dtype=np.uint8)
+    together = portable.probabilities(images)
+    one_by_one = np.concatenate([portable.probabilities(images[place : place + 1]) for place in range(7)])
+    assert np.abs(together - one_by_one).max() < 1e-6
+    assert together.sum(1) == pytest.approx(1)
+
+
+def test_predicting_and_verifying_load_no_torch(exported, tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "black.png")
+    program = (
+        "import sys; from dynaconv.cli import main; import dynaconv.shipping.verify; "
+        "code = main(sys.argv[1:]); sys.exit(77 if 'torch' in sys.modules else code)"
+    )
+    command = [sys.executable, "-c", program, "predict", str(exported[0]), str(tmp_path / "black.png")]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "black.png" in done.stdout
+
+
+def test_8_bits_are_smaller_and_bounded(run, tmp_path):
+    target = tmp_path / "small.onnx"
+    found = export_run(run, ExportOptions(int8=True, into=target, max_drop=0.05), quiet)
+    assert found["agreement"]["value"] > 0.9
+    assert found["largest_probability_difference"] > 1e-5
+    with pytest.raises(WorkError, match="more than --max-drop"):
+        export_run(run, ExportOptions(int8=True, into=tmp_path / "none.onnx", max_drop=-1), quiet)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["small.onnx", "small.onnx.certificate.json"]
+
+
+def test_another_network_than_the_judged_one_is_not_written(run, tmp_path, monkeypatch):
+    whole = module.Portable.forward
+    monkeypatch.setattr(module.Portable, "forward", lambda self, images: whole(self, 255 - images))
+    with pytest.raises(WorkError, match="is not the judged classifier"):
+        export_run(run, ExportOptions(into=tmp_path / "model.onnx"), quiet)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_torch_export(run, tmp_path):
+    found = export_run(run, ExportOptions(form="pt2", into=tmp_path / "model.pt2"), quiet)
+    assert found["agreement"]["value"] == 1
+    assert (tmp_path / "model.pt2").stat().st_size == found["bytes_after"]
+
+
+def test_what_cannot_be_exported(run, exported, tmp_path):
+    for options, said in (
+        (ExportOptions(), "say --overwrite"),
+        (ExportOptions(form="pt2", int8=True), "goes with --format onnx"),
+        (ExportOptions(into=tmp_path / "no" / "m.onnx"), "does not exist"),
+    ):
+        with pytest.raises(UserError, match=said):
+            export_run(run, options, quiet)
+
+
+def test_a_look_at_the_test_images_is_counted(run, tmp_path):
+    before = len(RunDir.open(run).looks())
+    found = export_run(run, ExportOptions(split="test", into=tmp_path / "model.onnx"), quiet)
+    assert found["images"] == 359
+    assert len(RunDir.open(run).looks()) == before + 1
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """The digits' test-like pictures: a folder per class, made from the classes' names."""
+    generator = np.random.default_rng(3)
+    for name in "0123456789":
+        (tmp_path / "pictures" / name).mkdir(parents=True)
+        for place in range(2):
+            pixels = generator.integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(pixels).save(tmp_path / "pictures" / name / f"{place}.png")
+    return tmp_path / "pictures"
+
+
+def test_verification_sees_a_lower_accuracy_and_altered_files(exported, folder, tmp_path, capsys):
+    path, certificate, _ = exported
+    with pytest.raises(WorkError, match="less than its certificate's"):
+        verify_file(path, str(folder), quiet)  # noise: a tenth is right by chance
+    copied = tmp_path / "copy.onnx"
+    copied.write_bytes(path.read_bytes())
+    with pytest.raises(UserError, match="has no certificate"):
+        verify_file(copied, str(folder), quiet)
+    (tmp_path / "copy.onnx.certificate.json").write_text(json.dumps(certificate | {"file_sha256": "0"}))
+    assert main(["verify", str(copied), "--data", str(folder)]) == 2
+    assert "altered since" in capsys.readouterr().err
+    (tmp_path / "copy.onnx.certificate.json").write_text("[]")
+    with pytest.raises(UserError, match="is no certificate"):
+        verify_file(copied, str(folder), quiet)
+
+
+def test_verification_of_the_same_images_compares_probabilities(exported, folder, tmp_path):
+    path, certificate, _ = exported
+    lines = []
+    (tmp_path / "copy.onnx").write_bytes(path.read_bytes())
+    beside = tmp_path / "copy.onnx.certificate.json"
+    portable = PortableClassifier(path)
+    pixels, labels, _ = read_pixels(str(folder), portable, quiet)
+    sample = portable.probabilities(pixels[:3])
+    own = certificate | {
+        "images_sha256": digest(pixels, labels, portable.classes),
+        "accuracy_after": {"value": 0.1, "interval": [0.0, 0.3], "count": 2, "images": 20},
+        "sample": {"places": [0, 1, 2], "probabilities": sample.tolist()},
+    }
+    beside.write_text(json.dumps(own))
+    assert verify_file(tmp_path / "copy.onnx", str(folder), lines.append)["same_images"]
+    assert any("These are the certified images" in line for line in lines)
+    own["sample"]["probabilities"] = (sample + 0.01).tolist()
+    beside.write_text(json.dumps(own))
+    with pytest.raises(WorkError, match="other probabilities here"):
+        verify_file(tmp_path / "copy.onnx", str(folder), quiet)
+
+
+def test_files_that_are_no_exported_classifier(exported, tmp_path):
+    import onnx
+
+    (tmp_path / "text.onnx").write_text("no model")
+    with pytest.raises(UserError, match="no model that onnxruntime can open"):
+        PortableClassifier(tmp_path / "text.onnx")
+    with pytest.raises(UserError, match="cannot be read"):
+        PortableClassifier(tmp_path / "none.onnx")
+    model = onnx.load(exported[0])
+    facts = json.loads(PortableClassifier(exported[0]).session.get_modelmeta().custom_metadata_map[FACTS])
+    for change, said in (
+        ({"format": 99}, "newer version"),
+        ({"classes": ["a", "b"]}, "names 2 classes and gives 10"),
+        ({"channels": 7}, "is impossible"),
+        ({"threshold": "high"}, "cannot be read; it was altered"),
+    ):
+        onnx.helper.set_model_props(model, {FACTS: json.dumps(facts | change)})
+        onnx.save(model, tmp_path / "changed.onnx")
+        with pytest.raises(UserError, match=said):
+            PortableClassifier(tmp_path / "changed.onnx")
+    onnx.helper.set_model_props(model, {"other": "x"})
+    onnx.save(model, tmp_path / "foreign.onnx")
+    with pytest.raises(UserError, match="it names no classes"):
+        PortableClassifier(tmp_path / "foreign.onnx")
