@@ -20,7 +20,7 @@ FLOORS = {
     "training": 2,
     "judging": 3,
     "reporting": 4,
-    **dict.fromkeys(["evaluation", "label_search", "shipping"], 5),
+    **dict.fromkeys(["evaluation", "label_search", "data_check", "shipping"], 5),
     "experiment": 6,
     "seeds": 7,
     **dict.fromkeys(["recipes", "arguments", "terminal", "cli", "__main__"], 8),

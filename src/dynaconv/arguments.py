@@ -111,6 +111,18 @@ def parse_resume(words: list[str]) -> Path:
     return Path(words[0])
 
 
+def parse_check(words: list[str]) -> Any:
+    """Parses SOURCE [--into DIR]; returns an object with the attributes source and into; errors as elsewhere."""
+    words = _take_folders(words, "check", "dynaconv check my-pictures", ["source"])
+    return _parse_options(
+        words,
+        "check SOURCE",
+        "Looks for what should be mended before training: duplicates, contradicting labels, odd or damaged files.",
+        ("source", Annotated[str, tyro.conf.arg(help="What `train --data` takes.")], dataclasses.field()),
+        _option(Path | None, "into", "Folder that is made for the findings as JSON, CSV and a sheet of pictures."),
+    )
+
+
 def parse_evaluate(words: list[str]) -> Any:
     """Parses RUN [--split S] [--views V] [--mixture] [--explain] [--robustness] [--cifar10-c DIR] [--cifar10-1 DIR].
 
@@ -239,7 +251,9 @@ def _take_folders(words: list[str], verb: str, example: str, names: list[str]) -
         return ["--help"]
     count = next((place for place, word in enumerate(words) if word.startswith("-")), len(words))
     if count < len(names):
-        what = {"run": "the folder of a run", "file": "an exported file"}.get(names[0], "the folders of two runs")
+        what = {"run": "the folder of a run", "file": "an exported file", "source": "a source of images"}.get(
+            names[0], "the folders of two runs"
+        )
         raise UserError(f"`dynaconv {verb}` needs {what}: {example}.")
     if count > len(names):
         raise UserError(f"`dynaconv {verb}` takes no {words[len(names)]!r}: {example}.")

@@ -22,6 +22,8 @@ Trains, judges and ships image classifiers for small images, CIFAR-10 first.
 verbs:
   train [RECIPE] [--data SOURCE] [--run-dir DIR] [--seeds N] [--SETTING VALUE]
              train a classifier, judge it once on the test images, write a run
+  check SOURCE [--into DIR]
+             look for duplicates, contradicting labels, odd and damaged files; exit code 1 if there are any
   labels SOURCE [--folds N] [--most N] [--into DIR]
              find training images whose label is doubtful; `train --without` leaves them out
   resume DIR
@@ -80,7 +82,7 @@ def main(arguments: "list[str] | None" = None) -> int:
         if as_json:
             sys.stdout.write(json.dumps(document, indent=2) + "\n")
         sys.stdout.flush()
-        return 0
+        return 1 if words[0] == "check" and document["to_act_on"] else 0
     except SystemExit as end:  # a verb's --help has been printed
         return end.code if isinstance(end.code, int) else 0
     except DynaconvError as error:
@@ -217,6 +219,19 @@ def _tell(result: "dict[str, Any]") -> str:
     )
 
 
+def check(words: "list[str]", people: "TextIO", started: float) -> "dict[str, Any]":
+    """The verb `check`."""
+    from dynaconv.arguments import parse_check
+
+    options = parse_check(words)
+    from dynaconv.data_check import check_source
+    from dynaconv.terminal import display
+
+    stop_on_sigterm()
+    say, _ = display(people)
+    return check_source(options.source, options.into, say)
+
+
 def labels(words: "list[str]", people: "TextIO", started: float) -> "dict[str, Any]":
     """The verb `labels`."""
     from dynaconv.arguments import parse_labels
@@ -253,6 +268,7 @@ def recipes(words: "list[str]", people: "TextIO", started: float) -> "list[dict[
 
 VERBS: "dict[str, Callable[[list[str], TextIO, float], Any]]" = {
     "train": train,
+    "check": check,
     "labels": labels,
     "resume": resume,
     "evaluate": evaluate,

@@ -13,6 +13,7 @@ import torch
 
 from dynaconv.data.augment import normalize, to_tensor
 from dynaconv.data.batches import Batches
+from dynaconv.data.check import glance
 from dynaconv.data.images import ImageSet
 from dynaconv.data.sources import load_images, options_of
 from dynaconv.device import (
@@ -79,6 +80,8 @@ def run_experiment(
     device, precision = _set_up(recipe, say)
     data = load_training_data(recipe, device, say)
     recipe = with_settings(recipe, source=data.source)
+    if seen := glance(data.train):
+        say(f"{seen} {data.source}.")
     clock = _Clock(started)
     model = build_model(recipe, data.train, device)
     if recipe.train.budget is not None:

@@ -91,6 +91,18 @@ def read_header(content: bytes | Path) -> tuple[tuple[int, int], bool]:
         raise _explain(error) from error
 
 
+def read_about(content: bytes | Path) -> tuple[str, str, tuple[int, int], int | None]:
+    """Returns form, mode, (width, height) and EXIF orientation of a picture, as stored; raises BadPictureError."""
+    try:
+        with open_picture(content) as image:
+            orientation = image.getexif().get(_ORIENTATION_TAG) if _EXIF_KEYS & image.info.keys() else None
+            return image.format or "?", image.mode, image.size, orientation
+    except BadPictureError:
+        raise
+    except Exception as error:
+        raise _explain(error) from error
+
+
 def decode(content: bytes | Path, image_size: int | None, channels: int | None) -> Pixels:
     """Decodes as `decode_picture`; raises BadPictureError."""
     try:

@@ -119,7 +119,7 @@ def load_images(source: str, split: SplitName, options: SourceOptions) -> ImageS
         UserError: the source is not there or cannot be used; the message says what to change.
     """
     source = resolve(source, options)
-    splits = _find_splits(source, options)
+    splits = find_splits(source, options)
     if "test" not in splits:
         return _cut(_prepare_train(splits, options, source), split, options.notify)
     if split == "train":
@@ -150,7 +150,8 @@ def _resolve_auto(options: SourceOptions) -> str:
         return "digits"
 
 
-def _find_splits(source: str, options: SourceOptions) -> Splits:
+def find_splits(source: str, options: SourceOptions) -> Splits:
+    """Returns the splits that a resolved source has of its own, not read yet; raises UserError if it is not there."""
     if source == "cifar10":
         return cifar10.find(offline=options.offline, notify=options.notify)
     if source == "digits":
