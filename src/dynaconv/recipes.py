@@ -48,7 +48,7 @@ def fast92() -> Recipe:
         kernel_learning_rate=0.12,
         schedule="linear",
         label_smoothing=0.2,
-        epochs=12,
+        epochs=16,
         batch_size=500,
         train_scales=(0.5, 0.75, 0.75, 1.0, 1.0),
         evaluation_batch_size=500,
