@@ -206,6 +206,37 @@ def parse_export(words: list[str]) -> Any:
     )
 
 
+def parse_serve(words: list[str]) -> Any:
+    """Parses RUN [--host H] [--port P] [--max-wait-ms T] [--max-batch N] [--most-waiting N].
+
+    Returns an object with these attributes, the run or file as `run`; errors as `parse_training`.
+    """
+    words = _take_folders(words, "serve", "dynaconv serve runs/first", ["run"])
+    options = _parse_options(
+        words,
+        "serve RUN",
+        "Answers over HTTP, with a page at /, until it is stopped.",
+        _folder("run", "Folder of a finished run, or an exported .onnx file."),
+        _option(
+            str, "host", "Address to listen at; another than this machine's own asks for DYNACONV_TOKEN.", "127.0.0.1"
+        ),
+        _option(int, "port", "Port to listen at.", 8000),
+        _option(float, "max_wait_ms", "Milliseconds that a request waits for others, to be computed together.", 5.0),
+        _option(int, "max_batch", "Pictures computed together at most; 1 batches nothing.", 64),
+        _option(int, "most_waiting", "Pictures that may wait; requests beyond are refused with 503.", 256),
+    )
+    for name, low, high in (
+        ("port", 0, 65535),
+        ("max_batch", 1, 4096),
+        ("most_waiting", 1, 10**6),
+        ("max_wait_ms", 0, 1e4),
+    ):
+        value = getattr(options, name)
+        if not low <= value <= high:
+            raise UserError(f"--{name.replace('_', '-')} must be from {low} to {high:g}, received {value:g}.")
+    return options
+
+
 def parse_verify(words: list[str]) -> Any:
     """Parses FILE --data SOURCE; returns an object with the attributes file and data; errors as `parse_training`."""
     words = _take_folders(words, "verify", "dynaconv verify model.onnx --data cifar10", ["file"])

@@ -38,6 +38,8 @@ verbs:
              classify pictures: files, folders, patterns, or - for paths from standard input
   export RUN [--format onnx|pt2] [--int8] [--max-drop 0.003] [--into FILE]
              write the classifier as one file, with a certificate of what it computes and costs
+  serve RUN|FILE.onnx [--host H] [--port P]
+             answer over HTTP, requests batched together, with a page to drop pictures on
   verify FILE.onnx [--data SOURCE]
              repeat the proof of that file on this machine, without torch
   recipes    the named recipes, with what each costs and reaches
@@ -208,6 +210,23 @@ def verify(words: "list[str]", people: "TextIO", started: float) -> "dict[str, A
     return verify_file(options.file, options.data, lambda line: print(line, file=people))
 
 
+def serve(words: "list[str]", people: "TextIO", started: float) -> "dict[str, Any]":
+    """The verb `serve`."""
+    from dynaconv.arguments import parse_serve
+
+    options = parse_serve(words)
+    try:
+        from dynaconv.shipping.serve import ServeSettings
+        from dynaconv.shipping.serve import serve as run_server
+    except ImportError as error:
+        raise UserError(f"Serving needs {error.name}; install it: pip install dynaconv[serve].") from error
+    from dynaconv.shipping.predictions import load_classifier
+
+    settings = ServeSettings(options.max_wait_ms, options.max_batch, options.most_waiting)
+    run_server(load_classifier(options.run), options.host, options.port, settings)
+    return {"served": str(options.run)}
+
+
 def _tell(result: "dict[str, Any]") -> str:
     """The line that a run ends with."""
     held_out = result["validation_accuracy"]
@@ -277,6 +296,7 @@ VERBS: "dict[str, Callable[[list[str], TextIO, float], Any]]" = {
     "predict": predict,
     "export": export,
     "verify": verify,
+    "serve": serve,
     "recipes": recipes,
 }
 """Every verb by name: a function of the words after it, the stream for people, and the time of the start."""

@@ -136,6 +136,13 @@ class PictureClassifier(ABC):
         return np.ascontiguousarray(pixels.transpose(2, 0, 1)), notes
 
 
+def to_png_bytes(image: npt.NDArray[np.uint8]) -> bytes:
+    """Encodes a (C, H, W) uint8 image, C 1 or 3, as PNG."""
+    buffer = io.BytesIO()
+    Image.fromarray(image[0] if image.shape[0] == 1 else image.transpose(1, 2, 0)).save(buffer, "PNG")
+    return buffer.getvalue()
+
+
 def find_pictures(words: Sequence[str], lines: Iterable[str]) -> list[Path]:
     """Finds pictures by file, folder (all below it), pattern with * or ?, or "-" for one path a line from `lines`.
 

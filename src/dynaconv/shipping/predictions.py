@@ -28,7 +28,7 @@ def predict_files(run: Path, words: list[str], top: int, form: str, stream: Text
         UserError: no such run, or no such picture.
         WorkError: some pictures could not be read; the others have been told.
     """
-    classifier = _load(run)
+    classifier = load_classifier(run)
     paths = find_pictures(words, sys.stdin)
     tell = _FORMS[form](stream, top)
     told: list[dict[str, Any]] = []
@@ -46,14 +46,15 @@ def predict_files(run: Path, words: list[str], top: int, form: str, stream: Text
     return told
 
 
-def _load(run: Path) -> PictureClassifier:
+def load_classifier(run: Path) -> PictureClassifier:
+    """Loads the classifier of a run's folder, or of an exported .onnx file, for which torch is not loaded."""
     if run.suffix == ".onnx":
         from dynaconv.shipping.portable import PortableClassifier
 
         return PortableClassifier(run)
-    from dynaconv.shipping.classifier import load_classifier
+    from dynaconv.shipping import classifier
 
-    return load_classifier(run)
+    return classifier.load_classifier(run)
 
 
 def _predict_batch(classifier: PictureClassifier, paths: list[Path]) -> list[Prediction | UserError]:

@@ -1,0 +1,112 @@
+"""Requests batched together on the fly: images of many callers go through the classifier at once, in one thread."""
+
+import queue
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import Future
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+Images = npt.NDArray[np.uint8]
+Probabilities = npt.NDArray[np.float64]
+
+
+class BusyError(Exception):
+    """As many images wait as may."""
+
+
+@dataclass(frozen=True)
+class _Asked:
+    images: Images
+    answer: "Future[Probabilities]"
+
+
+class Batcher:
+    """Collects images for a stated time at most, computes them together, and gives each caller its own rows.
+
+    All that was accepted is answered, also when it is closed.
+    """
+
+    def __init__(
+        self,
+        compute: Callable[[Images], Probabilities],
+        max_batch: int = 64,
+        max_wait: float = 0.005,
+        most_waiting: int = 256,
+        on_batch: Callable[[int, float], None] = lambda images, seconds: None,
+    ) -> None:
+        """Starts the thread that computes.
+
+        Args:
+            compute: Maps (N, C, H, W) to (N, classes); only ever called from that thread.
+            max_batch: Images at once, unless one caller brings more.
+            max_wait: Seconds that the first image of a batch waits for others.
+            most_waiting: Images that may wait; more are refused.
+            on_batch: Told of every batch: its images, and the seconds it took.
+        """
+        self._compute, self._max_batch, self._max_wait = compute, max_batch, max_wait
+        self._most_waiting, self._on_batch = most_waiting, on_batch
+        self._asked: queue.SimpleQueue[_Asked | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()
+        self.waiting = 0
+        """Images that were accepted and are not answered yet."""
+        self._closed = False
+        self._thread = threading.Thread(target=self._work, name="classifier", daemon=True)
+        self._thread.start()
+
+    def submit(self, images: Images) -> "Future[Probabilities]":
+        """Accepts images, (N, C, H, W), and returns their probabilities to come; raises BusyError if too many wait."""
+        with self._lock:
+            if self._closed or (self.waiting and self.waiting + len(images) > self._most_waiting):
+                raise BusyError
+            self.waiting += len(images)
+            answer: Future[Probabilities] = Future()
+            self._asked.put(_Asked(images, answer))
+        return answer
+
+    def close(self) -> None:
+        """Accepts no more, answers what was accepted, and returns when that is done."""
+        with self._lock:
+            if not self._closed:
+                self._closed = True
+                self._asked.put(None)
+        self._thread.join()
+
+    def _work(self) -> None:
+        last = False
+        while not last:
+            first = self._asked.get()
+            if first is None:
+                return
+            batch, count, until = [first], len(first.images), time.monotonic() + self._max_wait
+            while count < self._max_batch:
+                try:
+                    more = self._asked.get(timeout=max(0.0, until - time.monotonic()))
+                except queue.Empty:
+                    break
+                if more is None:
+                    last = True
+                    break
+                batch.append(more)
+                count += len(more.images)
+            self._answer(batch, count)
+
+    def _answer(self, batch: list[_Asked], count: int) -> None:
+        started = time.monotonic()
+        try:
+            found = self._compute(np.concatenate([each.images for each in batch]))
+        except Exception as error:  # whatever it is, each caller must hear of it and the thread must go on
+            for each in batch:
+                each.answer.set_exception(error)
+        else:
+            rows = np.split(found, np.cumsum([len(each.images) for each in batch])[:-1])
+            for each, row in zip(batch, rows, strict=True):
+                if not each.answer.cancelled():
+                    each.answer.set_result(row)
+        finally:
+            with self._lock:
+                self.waiting -= count
+            self._on_batch(count, time.monotonic() - started)

@@ -1,0 +1,331 @@
+"""The HTTP server: pictures in, calibrated probabilities out, requests batched together; and the page at /."""
+
+import asyncio
+import base64
+import binascii
+import contextlib
+import hmac
+import json
+import logging
+import os
+import sys
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from http import HTTPStatus
+from importlib.resources import files
+from typing import Any
+
+import numpy as np
+from fastapi import FastAPI, Query, Request, Response
+from fastapi.responses import JSONResponse
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
+from starlette.datastructures import UploadFile
+from starlette.exceptions import HTTPException
+from starlette.formparsers import MultiPartException
+
+from dynaconv import __version__
+from dynaconv.errors import UserError
+from dynaconv.shipping.batching import Batcher, BusyError
+from dynaconv.shipping.prediction import PictureClassifier, Prediction, to_png_bytes
+
+LOOPBACK = ("127.0.0.1", "::1", "localhost")
+TOKEN = "DYNACONV_TOKEN"  # noqa: S105 -- the name of a variable, not a secret
+PAGE = {"": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
+HEADERS = {
+    "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+}
+
+
+@dataclass(frozen=True)
+class ServeSettings:
+    """Bounds of the server.
+
+    Attributes:
+        max_wait_ms: Milliseconds that a request waits for others at most, to be computed together.
+        max_batch: Images computed together at most; 1 batches nothing.
+        most_waiting: Images that may wait; requests beyond are refused with 503.
+        most_bytes: Of a request's body.
+        most_pictures: Of a request.
+        seconds: After which a request is given up with 504.
+        token: What a request must bear; None asks for none.
+    """
+
+    max_wait_ms: float = 5.0
+    max_batch: int = 64
+    most_waiting: int = 256
+    most_bytes: int = 10 * 2**20
+    most_pictures: int = 32
+    seconds: float = 30.0
+    token: str | None = None
+
+
+class _RefusedError(Exception):
+    def __init__(self, status: HTTPStatus, detail: str, headers: dict[str, str] | None = None) -> None:
+        self.status, self.detail, self.headers = status, detail, headers or {}
+
+
+class _Meters:
+    """What /metrics tells."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        more: dict[str, Any] = {"registry": self.registry}
+        self.requests = Counter(
+            "dynaconv_requests", "Requests answered, by path and status.", ["path", "status"], **more
+        )
+        self.seconds = Histogram("dynaconv_request_seconds", "From the request to its answer.", **more)
+        sizes = (1, 2, 4, 8, 16, 32, 64, 128)
+        self.batch = Histogram("dynaconv_batch_images", "Images computed together.", buckets=sizes, **more)
+        self.computing = Histogram("dynaconv_batch_seconds", "Time that a batch was computed in.", **more)
+        self.waiting = Gauge("dynaconv_images_waiting", "Images accepted and not answered yet.", **more)
+
+
+def build_app(classifier: PictureClassifier, settings: ServeSettings) -> FastAPI:
+    """Makes the application around a classifier; its requests are computed in one thread, decoded in two."""
+    meters = _Meters()
+
+    def on_batch(images: int, seconds: float) -> None:
+        meters.batch.observe(images)
+        meters.computing.observe(seconds)
+
+    @contextlib.asynccontextmanager
+    async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
+        app.state.batcher = Batcher(
+            classifier.probabilities, settings.max_batch, settings.max_wait_ms / 1e3, settings.most_waiting, on_batch
+        )
+        meters.waiting.set_function(lambda: app.state.batcher.waiting)
+        app.state.decoders = ThreadPoolExecutor(2, thread_name_prefix="decoder")
+        # The first computation allocates and plans; nobody should wait for it.
+        classifier.probabilities(np.zeros((1, classifier.channels, *[classifier.image_size] * 2), dtype=np.uint8))
+        yield
+        await asyncio.to_thread(app.state.batcher.close)
+        app.state.decoders.shutdown()
+
+    app = FastAPI(title="dynaconv", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
+    _add_frame(app, settings, meters)
+    _add_page(app)
+
+    @app.get("/healthz", tags=["operation"])
+    def healthz() -> dict[str, str]:
+        return {"status": "alive"}
+
+    @app.get("/readyz", tags=["operation"])
+    def readyz() -> dict[str, str]:
+        return {"status": "ready"}
+
+    @app.get("/metrics", tags=["operation"], response_class=Response)
+    def metrics() -> Response:
+        return Response(generate_latest(meters.registry), media_type="text/plain; version=0.0.4")
+
+    @app.get("/v1/model", tags=["classifier"])
+    def model() -> dict[str, Any]:
+        return {
+            "classes": list(classifier.classes),
+            "image_size": classifier.image_size,
+            "channels": classifier.channels,
+            "threshold": classifier.threshold,
+            "version": __version__,
+        }
+
+    @app.post("/v1/predict", tags=["classifier"], openapi_extra=_body(settings), responses=_problems())
+    async def predict(
+        request: Request, top: int = Query(5, ge=1, le=1000), detail: bool = Query(False)
+    ) -> dict[str, Any]:
+        return {"predictions": await _predict(request, app, classifier, settings, top, detail)}
+
+    return app
+
+
+async def _predict(
+    request: Request, app: FastAPI, classifier: PictureClassifier, settings: ServeSettings, top: int, detail: bool
+) -> list[dict[str, Any]]:
+    pictures = await _pictures(request, settings)
+    loop = asyncio.get_running_loop()
+    try:
+        async with asyncio.timeout(settings.seconds):
+            read = [
+                await loop.run_in_executor(app.state.decoders, classifier.read, content, name)
+                for name, content in pictures
+            ]
+            answer = app.state.batcher.submit(np.stack([image for image, _ in read]))
+            rows = await asyncio.wrap_future(answer)
+    except UserError as error:
+        raise _RefusedError(HTTPStatus.UNPROCESSABLE_ENTITY, str(error)) from error
+    except BusyError as error:
+        raise _RefusedError(HTTPStatus.SERVICE_UNAVAILABLE, "Too many pictures wait.", {"Retry-After": "1"}) from error
+    except TimeoutError as error:
+        raise _RefusedError(HTTPStatus.GATEWAY_TIMEOUT, f"No answer within {settings.seconds:g} seconds.") from error
+    told: list[dict[str, Any]] = []
+    for (name, _), (image, notes), row in zip(pictures, read, rows.tolist(), strict=True):
+        abstains = classifier.threshold is not None and max(row) < classifier.threshold
+        found = Prediction(name, tuple(row), classifier.classes, abstains, notes).as_dict(top)
+        if detail:
+            found["seen"] = base64.b64encode(to_png_bytes(image)).decode()
+        told.append(found)
+    return told
+
+
+async def _pictures(request: Request, settings: ServeSettings) -> list[tuple[str, bytes]]:
+    """Returns the pictures of a request with what to call each, in any of the forms that are taken."""
+    kind = request.headers.get("content-type", "").partition(";")[0].strip().lower()
+    if kind.startswith("image/") or kind == "application/octet-stream":
+        found = [("picture 1", await _read(request, settings.most_bytes))]
+    elif kind == "application/json":
+        found = _from_json(await _read(request, settings.most_bytes))
+    elif kind == "multipart/form-data":
+        found = await _from_form(request, settings)
+    else:
+        raise _RefusedError(
+            HTTPStatus.UNSUPPORTED_MEDIA_TYPE,
+            "Send a picture as image/*, several as multipart/form-data, or base64 as application/json.",
+        )
+    if not found or not all(content for _, content in found):
+        raise _RefusedError(HTTPStatus.BAD_REQUEST, "There is no picture in the request, or an empty one.")
+    if len(found) > settings.most_pictures:
+        raise _RefusedError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"At most {settings.most_pictures} pictures at once.")
+    return found
+
+
+async def _read(request: Request, most: int) -> bytes:
+    """Reads the body, never more than `most` bytes of it."""
+    read = bytearray()
+    async for part in request.stream():
+        read += part
+        if len(read) > most:
+            raise _RefusedError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"At most {most} bytes are taken.")
+    return bytes(read)
+
+
+def _from_json(body: bytes) -> list[tuple[str, bytes]]:
+    try:
+        pictures = json.loads(body)["pictures"]
+        if not isinstance(pictures, list):
+            raise TypeError
+        return [(f"picture {n}", base64.b64decode(each, validate=True)) for n, each in enumerate(pictures, start=1)]
+    except (ValueError, KeyError, TypeError, binascii.Error, RecursionError) as error:
+        raise _RefusedError(HTTPStatus.BAD_REQUEST, 'The body must be {"pictures": [base64, ...]}.') from error
+
+
+async def _from_form(request: Request, settings: ServeSettings) -> list[tuple[str, bytes]]:
+    body = await _read(request, settings.most_bytes)
+
+    async def again() -> dict[str, Any]:
+        return {"type": "http.request", "body": body, "more_body": False}
+
+    try:
+        async with Request(request.scope, again).form(max_files=settings.most_pictures, max_fields=8) as form:
+            uploads = [value for _, value in form.multi_items() if isinstance(value, UploadFile)]
+            return [(f"picture {n}", await each.read()) for n, each in enumerate(uploads, start=1)]
+    except (MultiPartException, HTTPException, ValueError) as error:
+        detail = getattr(error, "detail", None) or getattr(error, "message", None) or "it is damaged"
+        raise _RefusedError(HTTPStatus.BAD_REQUEST, f"The form cannot be read: {detail}") from error
+
+
+def _add_frame(app: FastAPI, settings: ServeSettings, meters: _Meters) -> None:
+    """Adds what every request goes through: token, headers, meters, a line in the log, problems as JSON."""
+    log = logging.getLogger("dynaconv.serve")
+
+    @app.middleware("http")
+    async def frame(request: Request, call: Callable[[Request], Awaitable[Response]]) -> Response:
+        started = time.perf_counter()
+        path = request.url.path
+        if settings.token is not None and path.startswith("/v1/") and not _bears(request, settings.token):
+            response = _problem(
+                _RefusedError(HTTPStatus.UNAUTHORIZED, "A token is missing or wrong.", {"WWW-Authenticate": "Bearer"})
+            )
+        else:
+            response = await call(request)
+        seconds = time.perf_counter() - started
+        known = path if path in ("/v1/predict", "/v1/model", "/healthz", "/readyz", "/metrics", "/") else "other"
+        meters.requests.labels(known, str(response.status_code)).inc()
+        meters.seconds.observe(seconds)
+        response.headers.update(HEADERS)
+        line = {"method": request.method, "path": known, "status": response.status_code, "ms": round(1e3 * seconds, 2)}
+        log.info(json.dumps(line))
+        return response
+
+    @app.exception_handler(_RefusedError)
+    async def refused(request: Request, error: _RefusedError) -> Response:  # pyright: ignore[reportUnusedFunction]
+        return _problem(error)
+
+    @app.exception_handler(HTTPException)
+    async def other(request: Request, error: HTTPException) -> Response:  # pyright: ignore[reportUnusedFunction]
+        return _problem(_RefusedError(HTTPStatus(error.status_code), str(error.detail), dict(error.headers or {})))
+
+
+def _bears(request: Request, token: str) -> bool:
+    kind, _, given = request.headers.get("authorization", "").partition(" ")
+    return kind.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), token.encode())
+
+
+def _problem(error: _RefusedError) -> Response:
+    content = {"type": "about:blank", "title": error.status.phrase, "status": int(error.status), "detail": error.detail}
+    return JSONResponse(content, int(error.status), error.headers, media_type="application/problem+json")
+
+
+def _add_page(app: FastAPI) -> None:
+    folder = files("dynaconv.shipping") / "page"
+
+    def serve(name: str, kind: str) -> None:
+        content = (folder / (name or "index.html")).read_bytes()
+
+        @app.get(f"/{name}", include_in_schema=False)
+        def page() -> Response:  # pyright: ignore[reportUnusedFunction]
+            return Response(content, media_type=f"{kind}; charset=utf-8")
+
+    for name, kind in PAGE.items():
+        serve(name, kind)
+
+
+def _body(settings: ServeSettings) -> dict[str, Any]:
+    binary = {"schema": {"type": "string", "format": "binary"}}
+    several = {"type": "object", "required": ["pictures"], "properties": {"pictures": {"type": "array", "minItems": 1}}}
+    strings = {"type": "string", "format": "byte"}
+    form = json.loads(json.dumps(several))
+    form["properties"]["pictures"]["items"] = {"type": "string", "format": "binary"}
+    coded = json.loads(json.dumps(several))
+    coded["properties"]["pictures"] |= {"items": strings, "maxItems": settings.most_pictures}
+    content = {
+        "image/*": binary,
+        "multipart/form-data": {"schema": form},
+        "application/json": {"schema": coded},
+    }
+    return {"requestBody": {"required": True, "content": content}}
+
+
+def _problems() -> dict[int | str, dict[str, Any]]:
+    problem = {"content": {"application/problem+json": {}}}
+    told = {400: "No picture", 401: "No token", 413: "Too large", 415: "Wrong type", 422: "Not a readable picture",
+            503: "Too many pictures wait", 504: "Took too long"}  # fmt: skip
+    return {status: {"description": words, **problem} for status, words in told.items()}
+
+
+def serve(classifier: PictureClassifier, host: str, port: int, settings: ServeSettings) -> None:
+    """Serves until SIGTERM or Ctrl-C; answers what was accepted before it ends.
+
+    Raises:
+        UserError: another host than this machine without a token.
+    """
+    import uvicorn
+
+    token = os.environ.get(TOKEN) or None
+    if host not in LOOPBACK and token is None:
+        raise UserError(
+            f"--host {host} can be reached from other machines; set {TOKEN} to a token that they must bear."
+        )
+    settings = replace(settings, token=token)
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
+    logging.getLogger("uvicorn.access").disabled = True
+    uvicorn.run(
+        build_app(classifier, settings),
+        host=host,
+        port=port,
+        log_config=None,
+        access_log=False,
+        timeout_graceful_shutdown=int(settings.seconds) + 5,
+        server_header=False,
+    )
