@@ -5,10 +5,13 @@ import re
 import shlex
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
+from sklearn.datasets import load_digits
 
 from dynaconv.arguments import parse_training
-from dynaconv.cli import VERBS
+from dynaconv.cli import VERBS, main
 from dynaconv.recipes import RECIPES
 
 ROOT = Path(__file__).parent.parent
@@ -76,3 +79,19 @@ def test_the_measured_coursework_recipe_is_the_one_in_the_table():
     for group in ("model", "augment", "optim"):
         assert stored[group].items() <= json.loads(json.dumps(getattr(recipe, group).__dict__)).items()
     assert (stored["train"]["epochs"], stored["train"]["batch_size"]) == (50, 75)
+
+
+def test_the_readmes_way_from_training_to_use_works_when_pasted(tmp_path, monkeypatch, capsys):
+    section = (ROOT / "README.md").read_text().partition("## From training to use")[2].partition("\n## ")[0]
+    (shell,) = re.findall(r"```sh\n(.*?)```", section, re.DOTALL)
+    (python,) = re.findall(r"```python\n(.*?)```", section, re.DOTALL)
+    monkeypatch.chdir(tmp_path)
+    digit = np.kron(load_digits().images[0], np.ones((16, 16))) * 15  # a zero
+    Image.fromarray(digit.astype(np.uint8)).save("picture.png")
+    for line in shell.splitlines():
+        program, *words = shlex.split(line)
+        assert program == "dynaconv"
+        assert main(words) == 0
+    capsys.readouterr()
+    exec(python, {})  # noqa: S102 -- the README's own lines
+    assert capsys.readouterr().out.strip() == "0"
