@@ -72,6 +72,27 @@ def test_figures_of_the_coursework_recipe_are_those_of_its_result():
         assert f"{seeds} seed{'s' if seeds > 1 else ''}" in text, where
 
 
+def test_figures_of_the_default_recipe_are_those_of_its_result():
+    metrics = json.loads((RESULTS / "fast92.json").read_text())["metrics"]
+    for text in ((ROOT / "README.md").read_text(), RECIPES["fast92"].__doc__ or ""):
+        assert f"{metrics['test_accuracy']['mean']:.2%}" in text
+        assert f"{len(metrics['test_accuracy']['values'])} seed" in text
+        assert f"{metrics['peak_memory_bytes']['mean'] / 1e9:.1f} GB" in text
+
+
+def test_figures_of_exported_files_and_of_the_check_are_those_of_their_results():
+    shipped = json.loads((RESULTS / "export.json").read_text())["metrics"]
+    page = (ROOT / "docs" / "ship.md").read_text()
+    for form in ("onnx", "onnx int8", "torch.export"):
+        assert f"{shipped[form]['accuracy_after']['value']:.2%}" in page
+        assert f"{shipped[form]['speed_after']['images_per_second']:.0f} a second" in page
+    doctor = json.loads((RESULTS / "doctor.json").read_text())["metrics"]
+    page = (ROOT / "docs" / "check.md").read_text()
+    assert f"share {doctor['own']['near_duplicates_across']['value']} pairs" in page
+    assert f"{doctor['near']['found']} ([results]" in page
+    assert f"{doctor['seconds']['value']:.0f} s on two cores" in page
+
+
 def test_the_measured_coursework_recipe_is_the_one_in_the_table():
     stored = json.loads((RESULTS / "coursework.json").read_text())["recipe"]
     recipe = RECIPES["coursework"]()

@@ -23,7 +23,8 @@ def fast92() -> Recipe:
     """A network that learns in few epochs: whitening stem, Muon, growing images, two kernel sizes in the small maps.
 
     Command: dynaconv train fast92 --data cifar10
-    Cost and result: not measured yet.
+    Cost: 16 epochs of 54 s in the median, 1.9 GB of memory, on two cores with bfloat16, other jobs running at first.
+    Result on CIFAR-10: 92.75% of the test images, all training images used, 1 seed (benchmarks/results/fast92.json).
     """
     return with_settings(
         Recipe(name="fast92"),
@@ -58,5 +59,5 @@ def fast92() -> Recipe:
 RECIPES: dict[str, Callable[[], Recipe]] = {"coursework": coursework, "fast92": fast92}
 """Every recipe by name."""
 
-DEFAULT = "coursework"
+DEFAULT = "fast92"
 """The recipe of `dynaconv train` without a name."""
