@@ -48,7 +48,8 @@ def write_result(name: str, metrics: dict[str, Any], seeds: Sequence[int] = (), 
     environment = describe_environment(torch.device("cpu"))
     document = {
         "name": name,
-        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *sys.argv[1:]]),
+        # A path of this machine means nothing on another: its last part stands for it.
+        "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *map(_without_folder, sys.argv[1:])]),
         "commit": measured_commit(),
         "machine": {
             "processor": environment["device_name"],
@@ -66,3 +67,7 @@ def write_result(name: str, metrics: dict[str, Any], seeds: Sequence[int] = (), 
     with writing_whole(RESULTS / f"{name}.json") as temporary:
         temporary.write_text(json.dumps(document, indent=2) + "\n")
     return RESULTS / f"{name}.json"
+
+
+def _without_folder(word: str) -> str:
+    return Path(word).name if Path(word).is_absolute() else word

@@ -36,7 +36,7 @@ def test_a_switch_of_a_recipe_can_be_turned_off():
 
 def test_without_arguments_the_default_recipe():
     recipe, options = parse_training([])
-    assert recipe == RECIPES["coursework"]()
+    assert recipe == RECIPES["fast92"]()
     assert (options.run_dir, options.seeds, options.check_resume, options.check_repeat) == (None, 1, False, False)
 
 
@@ -57,7 +57,7 @@ def test_every_verb_has_help(verb, capsys):
 def test_help_of_train_shows_every_setting_with_its_default(capsys):
     assert main(["train", "--help"]) == 0
     text = capsys.readouterr().out
-    for needle in ("--learning-rate FLOAT", "(default: 0.001)", "--run-dir", "--hue FLOAT", "RandomAffine"):
+    for needle in ("--learning-rate FLOAT", "(default: 0.03)", "--run-dir", "--hue FLOAT", "RandomAffine"):
         assert needle in text
 
 
