@@ -13,7 +13,7 @@ KNOWN_SETTINGS_START = "--data, --run-dir, --seeds, --check-resume, --check-repe
         (
             ["trian"],
             "Unknown verb 'trian'. Did you mean 'train'? "
-            "Known: train, labels, resume, evaluate, compare, report, predict, recipes.",
+            "Known: train, check, labels, resume, evaluate, compare, report, predict, export, verify, serve, recipes.",
         ),
         (["resume"], "`dynaconv resume` needs the folder of a run: dynaconv resume runs/first."),
         (["resume", "a", "b"], "`dynaconv resume` takes the folder of a run and nothing else, received 'b'."),

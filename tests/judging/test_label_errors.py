@@ -120,7 +120,7 @@ def test_from_the_command_line_to_a_training_without_them(tmp_path, monkeypatch,
     assert main(["labels", "digits", *TINY]) == 2
     assert "exists already" in capsys.readouterr().err
     words = ["train", "--data", "digits", "--without", "label-errors/candidates.csv", "--run-dir", "run", *TINY]
-    assert main([*words, "--epochs", "1"]) == 0
+    assert main([*words, "--epochs", "1", "--batch-size", "64"]) == 0
     assert "Left out: " in capsys.readouterr().out
     without = json.loads((tmp_path / "run/split.json").read_text())
     assert without["num_train"] < 1295
