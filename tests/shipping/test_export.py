@@ -2,20 +2,23 @@
 
 import io
 import json
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from dynaconv.cli import main
 from dynaconv.errors import UserError, WorkError
 from dynaconv.experiment import run_experiment
+from dynaconv.model.network import Block
 from dynaconv.recipe import Recipe, with_settings
 from dynaconv.rundir import RunDir
 from dynaconv.shipping import export as module
-from dynaconv.shipping.classifier import Classifier
+from dynaconv.shipping.classifier import Classifier, load_classifier
 from dynaconv.shipping.export import ExportOptions, export_run
 from dynaconv.shipping.portable import FACTS, PortableClassifier
 from dynaconv.shipping.verify import digest, read_pixels, verify_file
@@ -153,6 +156,38 @@ def test_another_network_than_the_judged_one_is_not_written(run, tmp_path, monke
     with pytest.raises(WorkError, match="is not the judged classifier"):
         export_run(run, ExportOptions(into=tmp_path / "model.onnx"), quiet)
     assert list(tmp_path.iterdir()) == []
+
+
+def test_what_is_no_number_is_not_written(run, tmp_path, monkeypatch):
+    whole = module.Portable.forward
+    monkeypatch.setattr(module.Portable, "forward", lambda self, images: whole(self, images) * float("nan"))
+    with pytest.raises(WorkError, match="is not the judged classifier"):
+        export_run(run, ExportOptions(into=tmp_path / "model.onnx"), quiet)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_classifier_goes_on_as_it_was_judged(run):
+    classifier = load_classifier(run)
+    portable = module.Portable(classifier)
+    forms = [
+        {block.form for block in network.modules() if isinstance(block, Block)}
+        for network in (classifier.trained.network, portable.network)
+    ]
+    assert forms == [{"auto"}, {"literal"}]
+
+
+def test_where_the_numbers_run_away_every_way_abstains(run, tmp_path):
+    shutil.copytree(run, tmp_path / "wild")
+    weights = load_file(run / "model.safetensors")
+    weights["classifier.2.weight"] *= 1e38  # the logits of most pictures become infinite, or no numbers
+    save_file(weights, tmp_path / "wild" / "model.safetensors")
+    export_run(tmp_path / "wild", ExportOptions(into=tmp_path / "wild.onnx"), quiet)
+    picture = np.random.default_rng(0).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+    for path in (tmp_path / "wild", tmp_path / "wild.onnx"):
+        prediction = Classifier.load(path).predict(picture)
+        assert prediction.probabilities == pytest.approx([0.1] * 10, abs=1e-6)
+        assert prediction.abstains
+        assert prediction.notes[-1].startswith("It is so unlike the pictures that trained")
 
 
 def test_torch_export(run, tmp_path):

@@ -12,6 +12,11 @@ from dynaconv.judging.trained import Trained, load_trained, require_finished
 from dynaconv.rundir import CALIBRATION
 from dynaconv.shipping.prediction import PictureClassifier
 
+MOST_LOGIT = 1e3
+"""Logits beyond this say nothing. Mixing weights grow with the maps that they are computed from, so that a picture
+unlike any that trained (strong noise) can drive the maps up from block to block, to infinity. Pictures that a network
+knows give logits below 100; from 1,000 on, float32's rounding alone changes probabilities by a ten-thousandth."""
+
 
 class Classifier(PictureClassifier):
     """A trained classifier, ready for pictures.
@@ -53,7 +58,21 @@ class Classifier(PictureClassifier):
         """Returns calibrated probabilities, (N, classes), of (N, C, H, W) images."""
         device = next(self.trained.network.parameters()).device
         batch = normalize(to_tensor(torch.from_numpy(images).to(device)), self.trained.recipe.augment)
-        return (self.trained.network(batch).double() / self.calibration.temperature).softmax(1).cpu().numpy()
+        return to_probabilities(self.trained.network(batch).double(), self.calibration.temperature).cpu().numpy()
+
+
+def to_probabilities(logits: torch.Tensor, temperature: float) -> torch.Tensor:
+    """Returns calibrated probabilities; the same for all classes where the network's numbers have run away.
+
+    Args:
+        logits: (N, classes) float, of any size, infinite or not a number.
+        temperature: Above 0; divides the logits.
+
+    Returns:
+        (N, classes), dtype of `logits`, finite; each row sums to 1. See `MOST_LOGIT`.
+    """
+    holds = (logits.abs() <= MOST_LOGIT).all(1, keepdim=True)  # not so for what is not a number
+    return torch.where(holds, (logits / temperature).softmax(1), 1 / logits.shape[1])
 
 
 def load_classifier(path: Path, device: str = "cpu") -> Classifier:

@@ -1,5 +1,6 @@
 """Export: a run's classifier as one file to run elsewhere, written only with the proof that it is the judged one."""
 
+import copy
 import importlib.util
 import json
 import logging
@@ -24,7 +25,7 @@ from dynaconv.files import writing_whole
 from dynaconv.judging.trained import load_judged_images
 from dynaconv.model.network import Block
 from dynaconv.shipping.certificate import SAME, Side, certify, tell
-from dynaconv.shipping.classifier import Classifier, load_classifier
+from dynaconv.shipping.classifier import Classifier, load_classifier, to_probabilities
 from dynaconv.shipping.portable import FACTS, FORMAT, PortableClassifier, certificate_of
 
 OPSET = 20
@@ -60,7 +61,8 @@ class Portable(nn.Module):
         """Takes the network of a classifier; its mixtures are computed literally, which every runtime can."""
         super().__init__()
         trained = classifier.trained
-        self.network, self._augment = trained.network, trained.recipe.augment
+        # A copy: the classifier itself goes on as it was judged, to be compared with.
+        self.network, self._augment = copy.deepcopy(trained.network), trained.recipe.augment
         self._temperature = classifier.calibration.temperature
         for layer in self.network.modules():
             if isinstance(layer, Block):
@@ -68,7 +70,7 @@ class Portable(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Maps (N, C, H, W) uint8 to (N, classes) float32 that sum to 1."""
-        return (self.network(normalize(to_tensor(images), self._augment)) / self._temperature).softmax(1)
+        return to_probabilities(self.network(normalize(to_tensor(images), self._augment)), self._temperature)
 
 
 def export_run(run: Path, options: ExportOptions, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -228,12 +230,13 @@ def _training_images(classifier: Classifier) -> ImageSet:
 def _require_same(document: dict[str, Any], options: ExportOptions) -> None:
     drop = document["accuracy_before"]["value"] - document["accuracy_after"]["value"]
     largest = document["largest_probability_difference"]
-    if not options.int8 and (largest > SAME or document["agreement"]["value"] < 1):
+    # Asked this way round, what is not a number passes neither.
+    if not options.int8 and not (largest <= SAME and document["agreement"]["value"] == 1):
         raise WorkError(
             f"The exported file is not the judged classifier: probabilities differ by up to {largest:.1e} (at most "
             f"{SAME:.0e} is allowed), and {document['agreement']['value']:.3%} of the classes agree. No file was left."
         )
-    if drop > options.max_drop:
+    if not drop <= options.max_drop:
         raise WorkError(
             f"The exported file loses {100 * drop:.2f} points of accuracy, more than --max-drop "
             f"{100 * options.max_drop:g} allows; no file was left."

@@ -22,6 +22,7 @@ Picture: TypeAlias = "str | Path | bytes | Image.Image | npt.NDArray[np.uint8] |
 """A file by its path, the bytes of one, a PIL image, an (H, W) or (H, W, C) uint8 array, or a (C, H, W) uint8 tensor; C
 is 1, 3 or, in an array, 4."""
 BATCH = 64
+NOTHING_KNOWN = "It is so unlike the pictures that trained that no class is likelier than another."
 MUCH_LARGER = 16
 """A picture whose shorter side is this many times that of the images that trained loses nearly all of its detail."""
 
@@ -35,7 +36,8 @@ class Prediction:
         probabilities: Of every class, calibrated, in the order of `classes`; they sum to 1.
         classes: Class names.
         abstains: Whether the classifier is less sure than the confidence that was chosen on validation images: the
-            likeliest class should then not be relied upon. False where no such confidence is known.
+            likeliest class should then not be relied upon. Where no such confidence is known, whether it gives all
+            classes the same probability.
         notes: What is odd about the picture, in sentences.
     """
 
@@ -109,8 +111,9 @@ class PictureClassifier(ABC):
             read = [self.read(picture, name) for (_, picture), name in zip(batch, names, strict=True)]
             probabilities = self.probabilities(np.stack([image for image, _ in read]))
             for name, (_, notes), row in zip(names, read, probabilities.tolist(), strict=True):
-                abstains = self.threshold is not None and max(row) < self.threshold
-                yield Prediction(name, tuple(row), self.classes, abstains, notes)
+                lost = max(row) <= 1 / len(row) + 1e-6
+                abstains = lost or (self.threshold is not None and max(row) < self.threshold)
+                yield Prediction(name, tuple(row), self.classes, abstains, (*notes, NOTHING_KNOWN) if lost else notes)
 
     def read(self, picture: Picture, name: str = "picture") -> tuple[npt.NDArray[np.uint8], tuple[str, ...]]:
         """Brings a picture into the form of the images that trained: the picture that the network sees.
