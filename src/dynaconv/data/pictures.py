@@ -69,12 +69,36 @@ Splits: TypeAlias = dict[SplitName, PictureSplit]
 """The splits that a source has of its own: always "train", sometimes "test"."""
 
 
+_TEST_SHARE = 0.2
+_TEST_SEED = 10
+
+
 class _DiffersError(Exception):
     """A picture is not like the first, so they are not all of one form."""
 
 
 def ignore(message: str) -> None:
     """Takes a notice and shows it to nobody: the default where a caller wants no notices."""
+
+
+def choose_test_fifth(labels: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Chooses the test images of a source that has no test split.
+
+    Args:
+        labels: (N,) int64.
+
+    Returns:
+        (N,) bool, True for a fifth of every class, rounded, and for one image at least of a class with two or more.
+        The same labels in the same order always give the same choice.
+    """
+    # RandomState, because numpy promises that its numbers never change; those of default_rng may.
+    random = np.random.RandomState(_TEST_SEED)
+    chosen = np.zeros(len(labels), dtype=np.bool_)
+    for label in np.unique(labels):
+        indices = (labels == label).nonzero()[0]
+        count = max(round(_TEST_SHARE * len(indices)), 1) if len(indices) > 1 else 0
+        chosen[random.permutation(indices)[:count]] = True
+    return chosen
 
 
 def assemble(

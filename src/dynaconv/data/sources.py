@@ -8,20 +8,20 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 
 from dynaconv.data import cifar10, folders, hub, tables
 from dynaconv.data.cache import load_prepared, prepared_key, save_prepared
+from dynaconv.data.digits import find_digits
 from dynaconv.data.images import ImageSet
 from dynaconv.data.pictures import (
     BadFilePolicy,
-    LabelledPictures,
     Notify,
     PictureSplit,
     SplitName,
     Splits,
     assemble,
+    choose_test_fifth,
     ignore,
 )
 from dynaconv.errors import UserError, unknown
@@ -30,8 +30,6 @@ from dynaconv.recipe import DataSettings
 NAMED = ("cifar10", "digits", "auto")
 _OTHER_FORMS = "a folder of class folders, a .parquet, .csv or .npz file, or hf:OWNER/NAME"
 _HUB_PREFIX = "hf:"
-_TEST_SHARE = 0.2
-_TEST_SEED = 10
 _MIN_IMAGE_SIZE = 4
 
 
@@ -155,7 +153,7 @@ def find_splits(source: str, options: SourceOptions) -> Splits:
     if source == "cifar10":
         return cifar10.find(offline=options.offline, notify=options.notify)
     if source == "digits":
-        return {"train": PictureSplit((), _read_digits)}
+        return find_digits()
     if source.startswith(_HUB_PREFIX):
         name = source.removeprefix(_HUB_PREFIX)
         return tables.parquet_splits(hub.fetch(name, offline=options.offline, notify=options.notify), name)
@@ -239,7 +237,7 @@ def _with_classes_of(train: ImageSet, test: ImageSet, notify: Notify) -> ImageSe
 
 def _cut(whole: ImageSet, split: SplitName, notify: Notify) -> ImageSet:
     """Cuts a set without a test split of its own into train and test; see `load_images`."""
-    is_test = choose_test_fifth(whole.labels)
+    is_test = torch.from_numpy(choose_test_fifth(whole.labels.numpy()))
     count = int(is_test.sum())
     if count == 0:
         raise UserError(f"{whole.description} has too few images to keep a fifth of them as a test split; add some.")
@@ -250,35 +248,6 @@ def _cut(whole: ImageSet, split: SplitName, notify: Notify) -> ImageSet:
     wanted = is_test if split == "test" else ~is_test
     part = "test fifth" if split == "test" else "all but the test fifth"
     return whole.subset(wanted.nonzero().flatten(), f"{whole.description}, {part}")
-
-
-def choose_test_fifth(labels: torch.Tensor) -> torch.Tensor:
-    """Chooses the test images of a source that has no test split.
-
-    Args:
-        labels: (N,) int64.
-
-    Returns:
-        (N,) bool, True for a fifth of every class, rounded, and for one image at least of a class with two or more.
-        The same labels in the same order always give the same choice.
-    """
-    # RandomState, because numpy promises that its numbers never change; those of default_rng may.
-    random = np.random.RandomState(_TEST_SEED)
-    chosen = torch.zeros(len(labels), dtype=torch.bool)
-    for label in labels.unique().tolist():
-        indices = (labels == label).nonzero().flatten().numpy()
-        count = max(round(_TEST_SHARE * len(indices)), 1) if len(indices) > 1 else 0
-        chosen[torch.from_numpy(random.permutation(indices)[:count])] = True
-    return chosen
-
-
-def _read_digits() -> LabelledPictures:
-    from sklearn.datasets import load_digits  # Slow to import, and needed for this source alone.
-
-    digits: Any = load_digits()
-    pixels = np.rint(digits.images * (255 / 16)).astype(np.uint8)[..., np.newaxis]
-    names = [f"digits, image {index}" for index in range(len(pixels))]
-    return LabelledPictures(names, pixels, digits.target.astype(np.int64), tuple("0123456789"), "digits")
 
 
 def _listed(names: Sequence[str]) -> str:
