@@ -23,11 +23,11 @@ FLOORS = {
     **dict.fromkeys(["evaluation", "label_search", "data_check", "shipping"], 5),
     "experiment": 6,
     "seeds": 7,
-    **dict.fromkeys(["recipes", "arguments", "terminal", "cli", "__main__"], 8),
+    **dict.fromkeys(["recipes", "arguments", "options", "terminal", "cli", "__main__"], 8),
 }
 """The floor of every part, a part being a module of the package or a folder of modules."""
 
-ENTRANCE = {"recipes", "arguments", "terminal", "cli", "__main__"}
+ENTRANCE = {"recipes", "arguments", "options", "terminal", "cli", "__main__"}
 """The parts that serve a user at the command line; they may use each other."""
 
 MODULES = {

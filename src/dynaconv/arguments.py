@@ -1,10 +1,7 @@
 """From the words of a verb that trains to a Recipe. Imports no torch, so that a mistake is told at once."""
 
-import contextlib
 import dataclasses
-import io
 import itertools
-import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -12,6 +9,7 @@ from typing import Annotated, Any, Literal
 import tyro
 
 from dynaconv.errors import UserError, unknown
+from dynaconv.options import dashed, folder, option, parse_options, take_folders, understand
 from dynaconv.recipe import GROUPS, Recipe, with_settings
 from dynaconv.recipe_json import load_recipe
 from dynaconv.recipes import DEFAULT, RECIPES
@@ -47,10 +45,10 @@ def parse_training(words: list[str]) -> tuple[Recipe, Any]:
         "train [RECIPE]",
         description,
         base,
-        _option(Path | None, "run_dir", RUN_DIR_HELP),
-        _option(int, "seeds", "Trainings, from --seed and the seeds that follow, into one folder; 1 to 100.", 1),
-        _option(bool, "check_resume", CHECK_HELP % "that was stopped goes on as if it never was", False),
-        _option(bool, "check_repeat", CHECK_HELP % "repeats", False),
+        option(Path | None, "run_dir", RUN_DIR_HELP),
+        option(int, "seeds", "Trainings, from --seed and the seeds that follow, into one folder; 1 to 100.", 1),
+        option(bool, "check_resume", CHECK_HELP % "that was stopped goes on as if it never was", False),
+        option(bool, "check_repeat", CHECK_HELP % "repeats", False),
     )
     if not 1 <= options.seeds <= 100:
         raise UserError(f"--seeds must be from 1 to 100, received {options.seeds}.")
@@ -84,9 +82,9 @@ def parse_labels(words: list[str]) -> tuple[Recipe, Any]:
         "labels SOURCE",
         description,
         base,
-        _option(int, "folds", "Networks to train, each judging the images that it did not see; 2 to 20.", 3),
-        _option(int, "most", "Images to write at most, the most doubtful first; at least 1.", 1000),
-        _option(Path, "into", "Folder that is made for the results, and must not hold any yet.", Path("label-errors")),
+        option(int, "folds", "Networks to train, each judging the images that it did not see; 2 to 20.", 3),
+        option(int, "most", "Images to write at most, the most doubtful first; at least 1.", 1000),
+        option(Path, "into", "Folder that is made for the results, and must not hold any yet.", Path("label-errors")),
     )
     if not 2 <= parsed.folds <= 20:
         raise UserError(f"--folds must be from 2 to 20, received {parsed.folds}.")
@@ -113,13 +111,13 @@ def parse_resume(words: list[str]) -> Path:
 
 def parse_check(words: list[str]) -> Any:
     """Parses SOURCE [--into DIR]; returns an object with the attributes source and into; errors as elsewhere."""
-    words = _take_folders(words, "check", "dynaconv check my-pictures", ["source"])
-    return _parse_options(
+    words = take_folders(words, "check", "dynaconv check my-pictures", ["source"])
+    return parse_options(
         words,
         "check SOURCE",
         "Looks for what should be mended before training: duplicates, contradicting labels, odd or damaged files.",
         ("source", Annotated[str, tyro.conf.arg(help="What `train --data` takes.")], dataclasses.field()),
-        _option(Path | None, "into", "Folder that is made for the findings as JSON, CSV and a sheet of pictures."),
+        option(Path | None, "into", "Folder that is made for the findings as JSON, CSV and a sheet of pictures."),
     )
 
 
@@ -129,22 +127,22 @@ def parse_evaluate(words: list[str]) -> Any:
     Returns an object with the attributes run, split, views, mixture, explain, robustness, cifar10_c and
     cifar10_1; errors as `parse_training`.
     """
-    words = _take_folders(words, "evaluate", "dynaconv evaluate runs/first", ["run"])
+    words = take_folders(words, "evaluate", "dynaconv evaluate runs/first", ["run"])
     kinds = Literal["validation", "test"]
-    return _parse_options(
+    return parse_options(
         words,
         "evaluate RUN",
         "Judges the network of a finished run, and stores the figures in its folder.",
-        _folder("run", "Folder of the run."),
-        _option(
+        folder("run", "Folder of the run."),
+        option(
             kinds, "split", "Images to judge on. Each look at the test images is recorded in the run.", "validation"
         ),
-        _option(Literal["one", "mirror", "six"], "views", "Views of an image whose logits are averaged.", "one"),
-        _option(bool, "mixture", "Describe the mixing weights of every block, and what is lost without them.", False),
-        _option(bool, "explain", "Show where the network looked in its surest mistakes (needs captum).", False),
-        _option(bool, "robustness", "Judge 2,000 images under 14 corruptions at 5 severities as well.", False),
-        _option(Path | None, "cifar10_c", "Folder with the files of CIFAR-10-C, to judge on as well."),
-        _option(Path | None, "cifar10_1", "Folder with the files of CIFAR-10.1 v6, to judge on as well."),
+        option(Literal["one", "mirror", "six"], "views", "Views of an image whose logits are averaged.", "one"),
+        option(bool, "mixture", "Describe the mixing weights of every block, and what is lost without them.", False),
+        option(bool, "explain", "Show where the network looked in its surest mistakes (needs captum).", False),
+        option(bool, "robustness", "Judge 2,000 images under 14 corruptions at 5 severities as well.", False),
+        option(Path | None, "cifar10_c", "Folder with the files of CIFAR-10-C, to judge on as well."),
+        option(Path | None, "cifar10_1", "Folder with the files of CIFAR-10.1 v6, to judge on as well."),
     )
 
 
@@ -153,56 +151,56 @@ def parse_compare(words: list[str]) -> Any:
 
     Returns an object with the attributes first, second, split and into; errors as `parse_training`.
     """
-    words = _take_folders(words, "compare", "dynaconv compare runs/first runs/second", ["first", "second"])
-    return _parse_options(
+    words = take_folders(words, "compare", "dynaconv compare runs/first runs/second", ["first", "second"])
+    return parse_options(
         words,
         "compare A B",
         "Says whether one run, or several with different seeds, is really better than another on the same images.",
-        _folder("first", "Folder of a run, or of several as `train --seeds` makes it."),
-        _folder("second", "Another one."),
-        _option(
-            Literal["test", "validation"], "split", "Images to compare on; both sides were judged on them.", "test"
-        ),
-        _option(Path | None, "into", "Folder that is made for the figures, and pictures of images that flipped."),
+        folder("first", "Folder of a run, or of several as `train --seeds` makes it."),
+        folder("second", "Another one."),
+        option(Literal["test", "validation"], "split", "Images to compare on; both sides were judged on them.", "test"),
+        option(Path | None, "into", "Folder that is made for the figures, and pictures of images that flipped."),
     )
 
 
 def parse_report(words: list[str]) -> tuple[list[Path], Path | None]:
     """Parses RUN [RUN ...] [--into FILE]; returns the runs, and the file if one was named; errors as elsewhere."""
     folders = list(itertools.takewhile(lambda word: not word.startswith("-"), words))
-    first = _take_folders(words[:1] + words[len(folders) :], "report", "dynaconv report runs/first", ["run"])
-    options = _parse_options(
+    first = take_folders(words[:1] + words[len(folders) :], "report", "dynaconv report runs/first", ["run"])
+    options = parse_options(
         first,
         "report RUN [RUN ...]",
         "Writes one HTML page about runs that opens anywhere, and model-card.md beside it.",
-        _folder("run", "Folder of a finished run; further ones are set beside it."),
-        _option(Path | None, "into", "The HTML file. None takes report.html in the first run's folder."),
+        folder("run", "Folder of a finished run; further ones are set beside it."),
+        option(Path | None, "into", "The HTML file. None takes report.html in the first run's folder."),
     )
-    return [Path(folder) for folder in folders], options.into
+    return [Path(each) for each in folders], options.into
 
 
 def parse_export(words: list[str]) -> Any:
-    """Parses RUN [--format F] [--int8] [--into FILE] [--max-drop X] [--split S] [--overwrite].
+    """Parses RUN [--format F] [--int8] [--into FILE] [--max-drop X] [--split S] [--data SOURCE] [--overwrite] ...
 
-    Returns an object with these attributes, the format as `form` and the run as `run`; errors as `parse_training`.
+    Returns an object with these attributes and the run as `run`; errors as `parse_training`.
     """
-    words = _take_folders(words, "export", "dynaconv export runs/first", ["run"])
-    return _parse_options(
+    words = take_folders(words, "export", "dynaconv export runs/first", ["run"])
+    return parse_options(
         words,
         "export RUN",
         "Writes a run's classifier as one file to run elsewhere, and its certificate beside it.",
-        _folder("run", "Folder of a finished run."),
-        _option(Literal["onnx", "pt2"], "format", "ONNX, or the file of torch.export.", "onnx"),
-        _option(bool, "int8", "8-bit weights and activations, their ranges taken from training images; ONNX.", False),
-        _option(Path | None, "into", "The file. None takes model.onnx, model-int8.onnx or model.pt2 in the run."),
-        _option(float, "max_drop", "Share of images, 0 to 1, that may be lost in accuracy at most.", 0.003),
-        _option(
+        folder("run", "Folder of a finished run."),
+        option(Literal["onnx", "pt2"], "format", "ONNX, or the file of torch.export.", "onnx"),
+        option(bool, "int8", "8-bit weights and activations, their ranges taken from training images; ONNX.", False),
+        option(Path | None, "into", "The file. None takes model.onnx, model-int8.onnx or model.pt2 in the run."),
+        option(float, "max_drop", "Share of images, 0 to 1, that may be lost in accuracy at most.", 0.003),
+        option(
             Literal["validation", "test"],
             "split",
             "Images to prove it on. Each look at the test images is recorded in the run.",
             "validation",
         ),
-        _option(bool, "overwrite", "Replace a file that is there.", False),
+        option(Literal["nchw", "nhwc"], "layout", "How the images lie that the file takes.", "nchw"),
+        option(str | None, "data", "Where the run's images are now. None takes the source that the run names."),
+        option(bool, "overwrite", "Replace a file that is there.", False),
     )
 
 
@@ -211,19 +209,19 @@ def parse_serve(words: list[str]) -> Any:
 
     Returns an object with these attributes, the run or file as `run`; errors as `parse_training`.
     """
-    words = _take_folders(words, "serve", "dynaconv serve runs/first", ["run"])
-    options = _parse_options(
+    words = take_folders(words, "serve", "dynaconv serve runs/first", ["run"])
+    options = parse_options(
         words,
         "serve RUN",
         "Answers over HTTP, with a page at /, until it is stopped.",
-        _folder("run", "Folder of a finished run, or an exported .onnx file."),
-        _option(
+        folder("run", "Folder of a finished run, or an exported .onnx file."),
+        option(
             str, "host", "Address to listen at; another than this machine's own asks for DYNACONV_TOKEN.", "127.0.0.1"
         ),
-        _option(int, "port", "Port to listen at.", 8000),
-        _option(float, "max_wait_ms", "Milliseconds that a request waits for others, to be computed together.", 5.0),
-        _option(int, "max_batch", "Pictures computed together at most; 1 batches nothing.", 64),
-        _option(int, "most_waiting", "Pictures that may wait; requests beyond are refused with 503.", 256),
+        option(int, "port", "Port to listen at.", 8000),
+        option(float, "max_wait_ms", "Milliseconds that a request waits for others, to be computed together.", 5.0),
+        option(int, "max_batch", "Pictures computed together at most; 1 batches nothing.", 64),
+        option(int, "most_waiting", "Pictures that may wait; requests beyond are refused with 503.", 256),
     )
     for name, low, high in (
         ("port", 0, 65535),
@@ -238,15 +236,26 @@ def parse_serve(words: list[str]) -> Any:
 
 
 def parse_verify(words: list[str]) -> Any:
-    """Parses FILE --data SOURCE; returns an object with the attributes file and data; errors as `parse_training`."""
-    words = _take_folders(words, "verify", "dynaconv verify model.onnx --data cifar10", ["file"])
-    return _parse_options(
+    """Parses FILE [--data SOURCE] [--split S].
+
+    Returns an object with the attributes file, data and split; errors as `parse_training`.
+    """
+    words = take_folders(words, "verify", "dynaconv verify model.onnx --data cifar10", ["file"])
+    return parse_options(
         words,
         "verify FILE",
         "Repeats the proof of an exported file on this machine, by onnxruntime alone.",
-        _folder("file", "The .onnx file, its certificate beside it."),
-        _option(
-            str, "data", "Source of test images: cifar10, or a folder or file that `train --data` takes.", "cifar10"
+        folder("file", "The .onnx file, its certificate beside it."),
+        option(
+            str | None,
+            "data",
+            "cifar10, digits, or a folder or file of pictures that `train --data` takes. None takes what the "
+            "certificate names.",
+        ),
+        option(
+            Literal["validation", "test"] | None,
+            "split",
+            "Images to verify on. None takes those that the certificate was made on.",
         ),
     )
 
@@ -259,14 +268,14 @@ def parse_predict(words: list[str]) -> tuple[list[str], Any]:
     example = "dynaconv predict runs/first cat.jpg"
     # "-" alone is a picture as well: their paths come from standard input.
     named = list(itertools.takewhile(lambda word: not word.startswith("-") or word == "-", words))
-    first = _take_folders(words[:1] + words[len(named) :] if named else words, "predict", example, ["run"])
-    options = _parse_options(
+    first = take_folders(words[:1] + words[len(named) :] if named else words, "predict", example, ["run"])
+    options = parse_options(
         first,
         "predict RUN PICTURE [PICTURE ...]",
         "Classifies pictures: files, folders, patterns, or - for paths from standard input.",
-        _folder("run", "Folder of a finished run."),
-        _option(int, "top", "Likeliest classes to tell, at least 1.", 1),
-        _option(Literal["table", "jsonl", "csv"], "form", "A table for people, JSON lines, or CSV.", "table"),
+        folder("run", "Folder of a finished run."),
+        option(int, "top", "Likeliest classes to tell, at least 1.", 1),
+        option(Literal["table", "jsonl", "csv"], "form", "A table for people, JSON lines, or CSV.", "table"),
     )
     if len(named) < 2:
         raise UserError(f"`dynaconv predict` needs pictures: {example}.")
@@ -275,72 +284,17 @@ def parse_predict(words: list[str]) -> tuple[list[str], Any]:
     return named[1:], options
 
 
-def _take_folders(words: list[str], verb: str, example: str, names: list[str]) -> list[str]:
-    """Gives the folders that stand first in a command their names, as options; raises UserError if one is missing."""
-    words = [_dashed(word) for word in words]
-    if "--help" in words or "-h" in words:
-        return ["--help"]
-    count = next((place for place, word in enumerate(words) if word.startswith("-")), len(words))
-    if count < len(names):
-        what = {"run": "the folder of a run", "file": "an exported file", "source": "a source of images"}.get(
-            names[0], "the folders of two runs"
-        )
-        raise UserError(f"`dynaconv {verb}` needs {what}: {example}.")
-    if count > len(names):
-        raise UserError(f"`dynaconv {verb}` takes no {words[len(names)]!r}: {example}.")
-    named = [word for name, folder in zip(names, words, strict=False) for word in (f"--{name}", folder)]
-    return [*named, *words[count:]]
-
-
-def _parse_options(words: list[str], usage: str, description: str, *options: Any) -> Any:
-    """Parses options that are no settings of a recipe."""
-    known = [f"--{name.replace('_', '-')}" for name, _, _ in options]
-    for word in words:
-        name = word.partition("=")[0]
-        if name.startswith("--") and name not in (*known, "--help"):
-            raise unknown("option", name, known)
-    return _understand(words, usage, description, list(options))
-
-
-def _folder(name: str, told: str) -> tuple[str, Any, Any]:
-    """Describes a folder that a verb needs."""
-    return name, Annotated[Path, tyro.conf.arg(help=told)], dataclasses.field()
-
-
-def _option(kind: Any, name: str, told: str, default: Any = None) -> tuple[str, Any, Any]:
-    """Describes an option of a verb that is no setting of a recipe."""
-    return name, Annotated[kind, tyro.conf.arg(help=told)], dataclasses.field(default=default)
-
-
 def _parse(words: list[str], usage: str, description: str, base: Recipe, *options: Any) -> tuple[Recipe, Any]:
     """Returns the settings as a recipe that starts from `base`, and an object whose attributes are the options."""
     _check_names(words, [f"--{name.replace('_', '-')}" for name, _, _ in options])
     groups = [(name, kind, dataclasses.field(default=getattr(base, name))) for name, kind in GROUPS.items()]
-    parsed = _understand(words, usage, description, [*options, *groups])
+    parsed = understand(words, usage, description, [*options, *groups])
     settings = {
         field.name: getattr(getattr(parsed, group), field.name)
         for group, kind in GROUPS.items()
         for field in dataclasses.fields(kind)
     }
     return with_settings(base, **settings), parsed
-
-
-def _understand(words: list[str], usage: str, description: str, fields: list[Any]) -> Any:
-    """Returns an object with the fields; raises UserError in our words where tyro complains."""
-    complaint = io.StringIO()
-    try:
-        with contextlib.redirect_stderr(complaint):
-            return tyro.cli(
-                dataclasses.make_dataclass("Arguments", fields),
-                args=words,
-                prog=f"dynaconv {usage}",
-                description=description,
-                config=(tyro.conf.OmitArgPrefixes,),
-            )
-    except SystemExit as end:
-        if not end.code:
-            raise
-        raise UserError(_as_sentence(complaint.getvalue(), usage.split()[0])) from None
 
 
 def find_recipe(name: str) -> Recipe:
@@ -358,15 +312,9 @@ def find_recipe(name: str) -> Recipe:
     raise unknown("recipe", name, RECIPES)
 
 
-def _dashed(word: str) -> str:
-    """Takes underscores in the name of an option as dashes."""
-    name, equals, value = word.partition("=")
-    return f"{name.replace('_', '-')}{equals}{value}" if word.startswith("--") else word
-
-
 def _spell_out(word: str) -> str:
     """`--data` is short for the setting `source`."""
-    name, equals, value = _dashed(word).partition("=")
+    name, equals, value = dashed(word).partition("=")
     return f"{'--source' if name == '--data' else name}{equals}{value}"
 
 
@@ -379,20 +327,3 @@ def _check_names(words: list[str], options: list[str]) -> None:
         name = word.partition("=")[0]
         if name.startswith("--") and name not in (*known, *switched_off, "--help"):
             raise unknown("setting", name, [option for option in known if option != "--source"])
-
-
-def _as_sentence(box: str, verb: str) -> str:
-    """Takes the complaint out of the frame that tyro draws around it, in our words where its own are Python's."""
-    lines = [line.strip("│ ") for line in box.splitlines()[1:]]  # the first holds a title
-
-    def is_rule(line: str) -> bool:
-        return set(line) <= set("─-╰╯")  # drawn in ASCII where the terminal cannot show lines
-
-    said = " ".join(itertools.takewhile(lambda line: not is_rule(line), itertools.dropwhile(is_rule, lines)))
-    if match := re.search(r"parsing (--\S+): (invalid literal for int|could not convert)[^']*('.*')", said):
-        kind = "a whole number" if "int" in match[2] else "a number"
-        return f"{match[1].replace('--source', '--data')} takes {kind}, received {match[3]}."
-    if match := re.search(r"invalid choice '(.*)' for argument '(--\S+)'. Expected one of \((.*)\)", said):
-        return f"{match[2]} takes one of {match[3].replace(chr(39), '')}, received {match[1]!r}."
-    said = (said or "The arguments cannot be understood").rstrip(".")
-    return f"{said}. `dynaconv {verb} --help` lists every setting."

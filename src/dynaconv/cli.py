@@ -36,11 +36,11 @@ verbs:
              write one HTML page about a run, or several side by side, and a model card
   predict RUN|FILE.onnx PICTURE... [--top N] [--form jsonl]
              classify pictures: files, folders, patterns, or - for paths from standard input
-  export RUN [--format onnx|pt2] [--int8] [--max-drop 0.003] [--into FILE]
+  export RUN [--format onnx|pt2] [--int8] [--max-drop 0.003] [--into FILE] [--split test]
              write the classifier as one file, with a certificate of what it computes and costs
   serve RUN|FILE.onnx [--host H] [--port P]
              answer over HTTP, requests batched together, with a page to drop pictures on
-  verify FILE.onnx [--data SOURCE]
+  verify FILE.onnx [--data SOURCE] [--split test]
              repeat the proof of that file on this machine, without torch
   recipes    the named recipes, with what each costs and reaches
 
@@ -194,10 +194,8 @@ def export(words: "list[str]", people: "TextIO", started: float) -> "dict[str, A
     from dynaconv.terminal import display
 
     say, _ = display(people)
-    wanted = ExportOptions(
-        options.format, options.int8, options.into, options.max_drop, options.split, options.overwrite
-    )
-    return export_run(options.run, wanted, say)
+    same = {name: value for name, value in vars(options).items() if name not in ("run", "format", "data")}
+    return export_run(options.run, ExportOptions(form=options.format, source=options.data, **same), say)
 
 
 def verify(words: "list[str]", people: "TextIO", started: float) -> "dict[str, Any]":
@@ -207,7 +205,7 @@ def verify(words: "list[str]", people: "TextIO", started: float) -> "dict[str, A
     options = parse_verify(words)
     from dynaconv.shipping.verify import verify_file
 
-    return verify_file(options.file, options.data, lambda line: print(line, file=people))
+    return verify_file(options.file, options.data, options.split, lambda line: print(line, file=people))
 
 
 def serve(words: "list[str]", people: "TextIO", started: float) -> "dict[str, Any]":

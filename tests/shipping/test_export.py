@@ -1,5 +1,6 @@
 """Exported files: the same probabilities for every kind of picture, bounds that hold, files that were altered."""
 
+import hashlib
 import io
 import json
 import shutil
@@ -8,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -64,6 +66,10 @@ def test_the_file_is_the_judged_classifier_and_its_certificate_says_so(run, expo
     assert certificate["agreement"]["value"] == 1
     assert 0 < certificate["largest_probability_difference"] < 1e-5
     assert certificate["bytes_after"] == path.stat().st_size
+    assert certificate["threads"] == 1
+    weights = hashlib.sha256((run / "model.safetensors").read_bytes()).hexdigest()
+    assert certificate["weights_sha256"] == PortableClassifier(path).facts["weights_sha256"] == weights
+    assert path.stat().st_mode == (run / "result.json").stat().st_mode
     assert json.loads((run / "model.onnx.certificate.json").read_text())["file_sha256"] == certificate["file_sha256"]
     assert "The class agrees on 100.00%" in lines[1]
     assert not [file for file in run.iterdir() if file.name.startswith(".model")]
@@ -159,8 +165,9 @@ def test_another_network_than_the_judged_one_is_not_written(run, tmp_path, monke
 
 
 def test_what_is_no_number_is_not_written(run, tmp_path, monkeypatch):
-    whole = module.Portable.forward
-    monkeypatch.setattr(module.Portable, "forward", lambda self, images: whole(self, images) * float("nan"))
+    whole = module.certify
+    unknown = {"largest_probability_difference": float("nan")}
+    monkeypatch.setattr(module, "certify", lambda *arguments: whole(*arguments) | unknown)
     with pytest.raises(WorkError, match="is not the judged classifier"):
         export_run(run, ExportOptions(into=tmp_path / "model.onnx"), quiet)
     assert list(tmp_path.iterdir()) == []
@@ -191,8 +198,14 @@ def test_where_the_numbers_run_away_every_way_abstains(run, tmp_path):
 
 
 def test_torch_export(run, tmp_path):
-    found = export_run(run, ExportOptions(form="pt2", into=tmp_path / "model.pt2"), quiet)
+    found = export_run(run, ExportOptions(form="pt2", into=tmp_path / "model.pt2", layout="nhwc"), quiet)
     assert found["agreement"]["value"] == 1
+    extra = {f"{FACTS}.json": ""}
+    program = torch.export.load(tmp_path / "model.pt2", extra_files=extra).module()
+    assert json.loads(extra[f"{FACTS}.json"])["classes"] == list("0123456789")
+    pixels = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
+    told = [each.probabilities for each in Classifier.load(run).predict_all(list(pixels))]
+    assert program(torch.from_numpy(pixels)).detach().numpy() == pytest.approx(np.array(told), abs=1e-5)
     assert (tmp_path / "model.pt2").stat().st_size == found["bytes_after"]
 
 
@@ -206,11 +219,79 @@ def test_what_cannot_be_exported(run, exported, tmp_path):
             export_run(run, options, quiet)
 
 
-def test_a_look_at_the_test_images_is_counted(run, tmp_path):
+def test_a_look_at_the_test_images_is_counted_and_they_are_found_again(run, tmp_path):
     before = len(RunDir.open(run).looks())
-    found = export_run(run, ExportOptions(split="test", into=tmp_path / "model.onnx"), quiet)
+    path = tmp_path / "model.onnx"
+    found = export_run(run, ExportOptions(split="test", into=path, layout="nhwc"), quiet)
     assert found["images"] == 359
     assert len(RunDir.open(run).looks()) == before + 1
+    assert PortableClassifier(path).session.get_inputs()[0].shape[1:] == [8, 8, 3]
+    again = verify_file(path, say=quiet)
+    assert (again["split"], again["same_images"]) == ("test", True)
+    assert again["accuracy"] == found["accuracy_after"]
+    with pytest.raises(UserError, match="does not say which validated"):
+        verify_file(path, "digits", "validation", quiet)
+
+
+def test_verification_takes_the_images_of_the_certificate(exported):
+    path, certificate, _ = exported
+    lines = []
+    found = verify_file(path, say=lines.append)
+    assert (found["source"], found["split"], found["same_images"]) == ("digits", "validation", True)
+    assert found["accuracy"] == certificate["accuracy_after"]
+    assert found["sample"]["largest_probability_difference"] < 1e-5
+    assert "Of the 100 in the certificate 100.0% get the same class" in lines[3]
+    tested = verify_file(path, "digits", "test", quiet)
+    assert (tested["accuracy"]["images"], tested["same_images"], tested["sample"]) == (359, False, None)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"sample": {"places": [0, 10**6], "probabilities": [[0.1] * 10] * 2}},
+        {"sample": {"places": [0, 1], "probabilities": [[0.1] * 9] * 2}},
+        {"sample": {"places": [0.5], "probabilities": [[0.1] * 10]}},
+        {"places": ["0"]},
+        {"places": [-1]},
+        {"accuracy_after": {}},
+        {"accuracy_after": {"value": "high", "interval": [0, 1], "count": 1, "images": 1}},
+        {"source": "digits", "int8": False, "images": None},
+    ],
+)
+def test_a_certificate_that_was_altered_is_refused(exported, tmp_path, change):
+    path, certificate, _ = exported
+    shutil.copy(path, tmp_path / "model.onnx")
+    (tmp_path / "model.onnx.certificate.json").write_text(json.dumps(certificate | change))
+    with pytest.raises(UserError, match="is no whole certificate; it was altered"):
+        verify_file(tmp_path / "model.onnx", say=quiet)
+
+
+def test_eight_bits_may_round_the_other_way_but_not_say_another_class(exported, tmp_path):
+    path, certificate, _ = exported
+    shutil.copy(path, tmp_path / "model.onnx")
+    sample = np.array(certificate["sample"]["probabilities"])
+    for told, holds in ((sample * 0.9 + 0.01, True), (sample[:, ::-1], False)):
+        own = certificate | {"int8": True, "sample": certificate["sample"] | {"probabilities": told.tolist()}}
+        (tmp_path / "model.onnx.certificate.json").write_text(json.dumps(own))
+        if holds:
+            verify_file(tmp_path / "model.onnx", say=quiet)
+            continue
+        with pytest.raises(WorkError, match="gives other probabilities"):
+            verify_file(tmp_path / "model.onnx", say=quiet)
+
+
+def test_a_run_whose_source_has_moved(run, tmp_path):
+    with pytest.raises(UserError, match=r"There is no gone\.npz"):
+        export_run(run, ExportOptions(into=tmp_path / "model.onnx", source="gone.npz"), quiet)
+
+
+def test_a_folder_that_cannot_be_written(run, tmp_path, monkeypatch):
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(module.tempfile, "TemporaryDirectory", refuse)
+    with pytest.raises(UserError, match="cannot be written: Permission denied"):
+        export_run(run, ExportOptions(into=tmp_path / "model.onnx"), quiet)
 
 
 @pytest.fixture
@@ -228,39 +309,41 @@ def folder(tmp_path):
 def test_verification_sees_a_lower_accuracy_and_altered_files(exported, folder, tmp_path, capsys):
     path, certificate, _ = exported
     with pytest.raises(WorkError, match="less than its certificate's"):
-        verify_file(path, str(folder), quiet)  # noise: a tenth is right by chance
+        verify_file(path, str(folder), "test", quiet)  # noise: a tenth is right by chance
     copied = tmp_path / "copy.onnx"
     copied.write_bytes(path.read_bytes())
     with pytest.raises(UserError, match="has no certificate"):
-        verify_file(copied, str(folder), quiet)
+        verify_file(copied, str(folder), say=quiet)
     (tmp_path / "copy.onnx.certificate.json").write_text(json.dumps(certificate | {"file_sha256": "0"}))
     assert main(["verify", str(copied), "--data", str(folder)]) == 2
     assert "altered since" in capsys.readouterr().err
     (tmp_path / "copy.onnx.certificate.json").write_text("[]")
     with pytest.raises(UserError, match="is no certificate"):
-        verify_file(copied, str(folder), quiet)
+        verify_file(copied, str(folder), say=quiet)
 
 
-def test_verification_of_the_same_images_compares_probabilities(exported, folder, tmp_path):
+def test_verification_of_a_folder_compares_probabilities_with_the_certificate(exported, folder, tmp_path):
     path, certificate, _ = exported
-    lines = []
-    (tmp_path / "copy.onnx").write_bytes(path.read_bytes())
+    shutil.copy(path, tmp_path / "copy.onnx")
     beside = tmp_path / "copy.onnx.certificate.json"
     portable = PortableClassifier(path)
-    pixels, labels, _ = read_pixels(str(folder), portable, quiet)
+    pixels, labels, _ = read_pixels(str(folder), "test", portable, None, quiet)
+    assert len(labels) == 10  # one of the two pictures of each class
     sample = portable.probabilities(pixels[:3])
     own = certificate | {
+        "split": "test",
+        "places": None,
+        "images": 10,
         "images_sha256": digest(pixels, labels, portable.classes),
-        "accuracy_after": {"value": 0.1, "interval": [0.0, 0.3], "count": 2, "images": 20},
+        "accuracy_after": {"value": 0.1, "interval": [0.0, 0.3], "count": 1, "images": 10},
         "sample": {"places": [0, 1, 2], "probabilities": sample.tolist()},
     }
     beside.write_text(json.dumps(own))
-    assert verify_file(tmp_path / "copy.onnx", str(folder), lines.append)["same_images"]
-    assert any("These are the certified images" in line for line in lines)
+    assert verify_file(tmp_path / "copy.onnx", str(folder), say=quiet)["same_images"]
     own["sample"]["probabilities"] = (sample + 0.01).tolist()
     beside.write_text(json.dumps(own))
     with pytest.raises(WorkError, match="other probabilities here"):
-        verify_file(tmp_path / "copy.onnx", str(folder), quiet)
+        verify_file(tmp_path / "copy.onnx", str(folder), say=quiet)
 
 
 def test_files_that_are_no_exported_classifier(exported, tmp_path):
@@ -278,6 +361,7 @@ def test_files_that_are_no_exported_classifier(exported, tmp_path):
         ({"classes": ["a", "b"]}, "names 2 classes and gives 10"),
         ({"channels": 7}, "is impossible"),
         ({"threshold": "high"}, "cannot be read; it was altered"),
+        ({"layout": "nhwc"}, "does not take the images that it says"),
     ):
         onnx.helper.set_model_props(model, {FACTS: json.dumps(facts | change)})
         onnx.save(model, tmp_path / "changed.onnx")

@@ -1,10 +1,11 @@
 """The certificate of an exported file: what it computes and costs, beside the classifier that was judged."""
 
 import hashlib
+import json
 import platform
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -14,6 +15,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dynaconv.judging.rate import Rate
+from dynaconv.rundir import WEIGHTS
 from dynaconv.shipping.portable import PortableClassifier
 
 if TYPE_CHECKING:
@@ -25,7 +27,7 @@ SAME = 1e-5
 BATCH = 64
 SAMPLE = 100
 """Images whose probabilities stand in the certificate, to be computed again on another machine."""
-REPEATS = 60
+REPEATS, BATCH_REPEATS = 60, 10
 
 Compute = Callable[[npt.NDArray[np.uint8]], npt.NDArray[np.float64]]
 
@@ -38,7 +40,7 @@ class Side:
     compute: Compute
 
     @classmethod
-    def of_torch(cls, classifier: "Classifier", images: "ImageSet") -> "Side":
+    def of_torch(cls, classifier: "Classifier") -> "Side":
         """The classifier as it was judged."""
         return cls("torch", classifier.probabilities)
 
@@ -51,15 +53,24 @@ class Side:
         """Computes a batch at a time."""
         return np.concatenate([self.compute(pixels[start : start + BATCH]) for start in range(0, len(pixels), BATCH)])
 
-    def speed(self, pixels: npt.NDArray[np.uint8]) -> dict[str, float]:
-        """Times one picture, and batches: milliseconds, and pictures a second."""
-        batch = np.resize(pixels, (BATCH, *pixels.shape[1:]))
-        single = _seconds(lambda: self.compute(pixels[:1]), REPEATS)
-        return {"latency_ms": 1e3 * single, "images_per_second": BATCH / _seconds(lambda: self.compute(batch), 10)}
+
+def race(sides: Sequence[Side], pixels: npt.NDArray[np.uint8]) -> list[dict[str, Any]]:
+    """Times one picture, and batches, the sides taking turns so that what else the machine does falls on all.
+
+    Returns:
+        For each side its name, the median milliseconds of one picture, and pictures a second in batches of 64.
+    """
+    batch = np.resize(pixels, (BATCH, *pixels.shape[1:]))
+    single = _seconds([lambda side=side: side.compute(batch[:1]) for side in sides], REPEATS)
+    many = _seconds([lambda side=side: side.compute(batch) for side in sides], BATCH_REPEATS)
+    return [
+        {"by": side.name, "latency_ms": 1e3 * one, "images_per_second": BATCH / all_of_them}
+        for side, one, all_of_them in zip(sides, single, many, strict=True)
+    ]
 
 
 def certify(
-    before: Side, after: Side, images: "ImageSet", file: Path, classifier: "Classifier", split: str
+    before: Side, after: Side, images: "ImageSet", file: Path, classifier: "Classifier", split: str, threads: int
 ) -> dict[str, Any]:
     """Computes every image of a split both ways and compares.
 
@@ -70,18 +81,21 @@ def certify(
         file: The exported file.
         classifier: The judged classifier, for its hashes.
         split: Name of the split.
+        threads: What both sides compute with.
 
     Returns:
         The certificate as JSON values. Rates with Wilson's 95% interval; differences of probabilities, 0 to 1.
     """
     pixels, labels = images.images.cpu().numpy(), images.labels.cpu().numpy()
     one, other = before.over(pixels), after.over(pixels)
-    weights = classifier.trained.run.path / "model.safetensors"
+    run = classifier.trained.run
+    weights = run.path / WEIGHTS
+    speed_before, speed_after = race((before, after), pixels)
     sample = np.unique(np.linspace(0, len(pixels) - 1, SAMPLE).astype(int))
     return {
         "format": 1,
         "file_sha256": hashlib.sha256(file.read_bytes()).hexdigest(),
-        "weights_sha256": hashlib.sha256(weights.read_bytes()).hexdigest(),
+        "weights_sha256": hash_weights(run.path),
         "images_sha256": images.sha256(),
         "source": classifier.trained.recipe.data.source,
         "split": split,
@@ -91,13 +105,27 @@ def certify(
         "agreement": Rate(int((one.argmax(1) == other.argmax(1)).sum()), len(pixels)).as_dict(),
         "accuracy_before": Rate(int((one.argmax(1) == labels).sum()), len(pixels)).as_dict(),
         "accuracy_after": Rate(int((other.argmax(1) == labels).sum()), len(pixels)).as_dict(),
-        "speed_before": {"by": before.name, **before.speed(pixels)},
-        "speed_after": {"by": after.name, **after.speed(pixels)},
+        "threads": threads,
+        "speed_before": speed_before,
+        "speed_after": speed_after,
         "bytes_before": weights.stat().st_size,
         "bytes_after": file.stat().st_size,
         "sample": {"places": sample.tolist(), "probabilities": np.round(other[sample], 7).tolist()},
+        # Which of the source's training images these are, so that they can be found elsewhere.
+        "places": run.read_json("split.json")["validation"] if split == "validation" else None,
         "machine": describe_machine(),
     }
+
+
+def hash_weights(run: Path) -> str:
+    """Returns the SHA-256 of the file with a run's weights."""
+    return hashlib.sha256((run / WEIGHTS).read_bytes()).hexdigest()
+
+
+def to_text(document: dict[str, Any]) -> str:
+    """Writes a certificate as JSON with a line for each of its parts: thousands of places need none of their own."""
+    parts = [f"  {json.dumps(name)}: {json.dumps(part, allow_nan=False)}" for name, part in document.items()]
+    return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
 def tell(document: dict[str, Any], path: Path) -> list[str]:
@@ -134,11 +162,12 @@ def _logits(probabilities: npt.NDArray[np.float64]) -> npt.NDArray[np.float64]:
     return logs - logs.mean(1, keepdims=True)
 
 
-def _seconds(work: Callable[[], object], repeats: int) -> float:
-    work()
-    times: list[float] = []
-    for _ in range(repeats):
-        started = time.perf_counter()
-        work()
-        times.append(time.perf_counter() - started)
-    return statistics.median(times)
+def _seconds(works: Sequence[Callable[[], object]], repeats: int) -> list[float]:
+    times: list[list[float]] = [[] for _ in works]
+    for repeat in range(repeats + 1):
+        for work, own in zip(works, times, strict=True):
+            started = time.perf_counter()
+            work()
+            if repeat:  # the first warms up
+                own.append(time.perf_counter() - started)
+    return [statistics.median(own) for own in times]

@@ -1,6 +1,7 @@
 """Export: a run's classifier as one file to run elsewhere, written only with the proof that it is the judged one."""
 
 import copy
+import dataclasses
 import importlib.util
 import json
 import logging
@@ -24,9 +25,9 @@ from dynaconv.errors import UserError, WorkError
 from dynaconv.files import writing_whole
 from dynaconv.judging.trained import load_judged_images
 from dynaconv.model.network import Block
-from dynaconv.shipping.certificate import SAME, Side, certify, tell
+from dynaconv.shipping.certificate import SAME, Side, certify, hash_weights, tell, to_text
 from dynaconv.shipping.classifier import Classifier, load_classifier, to_probabilities
-from dynaconv.shipping.portable import FACTS, FORMAT, PortableClassifier, certificate_of
+from dynaconv.shipping.portable import FACTS, FORMAT, PortableClassifier, as_layout, certificate_of
 
 OPSET = 20
 CALIBRATION_IMAGES = 512
@@ -44,6 +45,8 @@ class ExportOptions:
         max_drop: Accuracy, 0 to 1, that may be lost at most.
         split: "validation", or "test", which is recorded in the run as a look at the test images.
         overwrite: Replace a file that is there.
+        layout: Of the images that the file takes: "nchw", or "nhwc" as pictures lie in memory.
+        source: Where the run's images are now; None takes the source that the run names.
     """
 
     form: str = "onnx"
@@ -52,24 +55,28 @@ class ExportOptions:
     max_drop: float = 0.003
     split: str = "validation"
     overwrite: bool = False
+    layout: str = "nchw"
+    source: str | None = None
 
 
 class Portable(nn.Module):
     """What is exported: preprocessing, network, temperature and softmax, from pixels to probabilities."""
 
-    def __init__(self, classifier: Classifier) -> None:
+    def __init__(self, classifier: Classifier, layout: str = "nchw") -> None:
         """Takes the network of a classifier; its mixtures are computed literally, which every runtime can."""
         super().__init__()
         trained = classifier.trained
         # A copy: the classifier itself goes on as it was judged, to be compared with.
         self.network, self._augment = copy.deepcopy(trained.network), trained.recipe.augment
-        self._temperature = classifier.calibration.temperature
+        self._temperature, self._layout = classifier.calibration.temperature, layout
         for layer in self.network.modules():
             if isinstance(layer, Block):
                 layer.form = "literal"
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Maps (N, C, H, W) uint8 to (N, classes) float32 that sum to 1."""
+        """Maps (N, C, H, W) or, in the other layout, (N, H, W, C) uint8 to (N, classes) float32 that sum to 1."""
+        if self._layout == "nhwc":
+            images = images.permute(0, 3, 1, 2)
         return to_probabilities(self.network(normalize(to_tensor(images), self._augment)), self._temperature)
 
 
@@ -99,22 +106,31 @@ def export_run(run: Path, options: ExportOptions, say: Callable[[str], None] = p
     require_packages(options)
     keep_freed_memory()
     classifier = load_classifier(run)
+    if options.source is not None:
+        classifier = _with_source(classifier, options.source)
     trained = classifier.trained
-    use_threads(trained.recipe.train.threads)
+    threads = use_threads(trained.recipe.train.threads)
     images = load_judged_images(trained, options.split, options_of(trained.recipe.data))
     if options.split == "test":
         count = trained.run.add_look(f"dynaconv export {run} --split test")
         say(f"This is look {count} at the test images by this run; each is recorded.")
-    facts = _facts(classifier)
-    before = Side.of_torch(classifier, images)
-    with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
-        draft = Path(folder) / name
-        after = _write(Portable(classifier).eval(), draft, facts, classifier, options)
-        document = certify(before, after, images, draft, classifier, options.split)
-        _require_same(document, options)
-        with writing_whole(certificate_of(target)) as temporary:
-            temporary.write_text(json.dumps(document, indent=2) + "\n")
-        draft.replace(target)
+    facts = _facts(classifier, options)
+    try:
+        with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
+            draft = Path(folder) / name
+            after = _write(Portable(classifier, options.layout).eval(), draft, facts, classifier, options)
+            before = Side.of_torch(classifier)
+            document = certify(before, after, images, draft, classifier, options.split, threads) | {
+                "int8": options.int8
+            }
+            _require_same(document, options)
+            # The certificate first: a file without one would be opened unproven, a certificate alone proves nothing.
+            with writing_whole(certificate_of(target)) as temporary:
+                temporary.write_text(to_text(document))
+            with writing_whole(target) as temporary:
+                draft.replace(temporary)
+    except OSError as error:
+        raise UserError(f"{target} cannot be written: {error.strerror or error}.") from error
     for line in tell(document, target):
         say(line)
     return {**document, "file": str(target)}
@@ -127,7 +143,13 @@ def require_packages(options: ExportOptions) -> None:
         raise UserError(f"Exporting to ONNX needs {missing[0]}; install it: pip install dynaconv[export].")
 
 
-def _facts(classifier: Classifier) -> dict[str, Any]:
+def _with_source(classifier: Classifier, source: str) -> Classifier:
+    recipe = classifier.trained.recipe
+    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, source=source))
+    return Classifier(dataclasses.replace(classifier.trained, recipe=recipe), classifier.calibration)
+
+
+def _facts(classifier: Classifier, options: ExportOptions) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "version": __version__,
@@ -136,7 +158,9 @@ def _facts(classifier: Classifier) -> dict[str, Any]:
         "channels": classifier.channels,
         "temperature": classifier.calibration.temperature,
         "threshold": classifier.threshold,
-        "input": "images: (N, C, H, W) uint8, 0 to 255",
+        "weights_sha256": hash_weights(classifier.trained.run.path),
+        "layout": options.layout,
+        "input": f"images: ({', '.join(options.layout.upper())}) uint8, 0 to 255",
         "output": "probabilities: (N, classes) float32",
     }
 
@@ -144,6 +168,7 @@ def _facts(classifier: Classifier) -> dict[str, Any]:
 def _write(model: Portable, draft: Path, facts: dict[str, Any], classifier: Classifier, options: ExportOptions) -> Side:
     """Writes the file; returns what computes with it."""
     example = torch.zeros(2, facts["channels"], facts["image_size"], facts["image_size"], dtype=torch.uint8)
+    example = torch.from_numpy(as_layout(example.numpy(), options.layout))
     batch = {"images": {0: torch.export.Dim("batch")}}
     if options.form == "pt2":
         program = torch.export.export(model, (example,), dynamic_shapes=batch)
@@ -152,7 +177,7 @@ def _write(model: Portable, draft: Path, facts: dict[str, Any], classifier: Clas
 
         def compute(pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
             with torch.no_grad():
-                return loaded(torch.from_numpy(pixels)).double().numpy()
+                return loaded(torch.from_numpy(as_layout(pixels, options.layout))).double().numpy()
 
         return Side("torch.export", compute)
     whole = draft.with_name("float32.onnx") if options.int8 else draft
@@ -174,7 +199,7 @@ def _write(model: Portable, draft: Path, facts: dict[str, Any], classifier: Clas
         raise WorkError("torch could not express the network in ONNX.")
     _save(program.model_proto, whole, facts)
     if options.int8:
-        _quantize(whole, draft, classifier)
+        _quantize(whole, draft, _training_images(classifier), options.layout)
         import onnx
 
         _save(onnx.load(draft), draft, facts)
@@ -188,12 +213,12 @@ def _save(model: Any, path: Path, facts: dict[str, Any]) -> None:
     onnx.save(model, path)
 
 
-def _quantize(whole: Path, target: Path, classifier: Classifier) -> None:
+def _quantize(whole: Path, target: Path, found: ImageSet, layout: str) -> None:
     """Turns a float32 file into one with 8-bit weights and activations, with ranges from training images."""
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 
-    images = _training_images(classifier).images.numpy()
+    images = as_layout(found.images.numpy(), layout)
 
     class Reader(CalibrationDataReader):
         def __init__(self) -> None:
@@ -214,6 +239,9 @@ def _quantize(whole: Path, target: Path, classifier: Classifier) -> None:
             Reader(),
             quant_format=QuantFormat.QDQ,
             per_channel=True,
+            # 7 bits: without it, sums of weights overflow on processors that add pairs of products in 16 bits, and the
+            # file would compute something else there.
+            reduce_range=True,
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             op_types_to_quantize=["Conv"],

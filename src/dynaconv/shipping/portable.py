@@ -65,11 +65,21 @@ class PortableClassifier(PictureClassifier):
         shape = self.session.get_outputs()[0].shape
         if shape[-1] != len(self.classes):
             raise UserError(f"{path} names {len(self.classes)} classes and gives {shape[-1]} probabilities.")
+        sides = {"C": self.channels, "H": self.image_size, "W": self.image_size}
+        wanted = [sides[side] for side in self.facts["layout"][1:].upper()]
+        taken = self.session.get_inputs()
+        if [each.name for each in taken] != ["images"] or list(taken[0].shape[1:]) != wanted:
+            raise UserError(f"{path} does not take the images that it says it takes; it was altered.")
 
     def probabilities(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
         """Returns calibrated probabilities, (N, classes), of (N, C, H, W) images."""
-        (found,) = self.session.run(None, {"images": images})
+        (found,) = self.session.run(None, {"images": as_layout(images, self.facts["layout"])})
         return np.asarray(found, dtype=np.float64)
+
+
+def as_layout(images: npt.NDArray[np.uint8], layout: str) -> npt.NDArray[np.uint8]:
+    """Returns (N, C, H, W) images as they are for "nchw", and as (N, H, W, C) for "nhwc"."""
+    return np.ascontiguousarray(images.transpose(0, 2, 3, 1)) if layout == "nhwc" else images
 
 
 def certificate_of(path: Path) -> Path:
@@ -106,6 +116,7 @@ def _read_facts(stored: str | None, path: Path) -> dict[str, Any]:
             and isinstance(side, int)
             and 1 <= side <= 512
             and (threshold is None or 0 <= threshold <= 1)
+            and facts["layout"] in ("nchw", "nhwc")
         )
     except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise UserError(f"What {path} says of itself cannot be read; it was altered.") from error
