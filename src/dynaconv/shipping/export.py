@@ -1,5 +1,6 @@
 """Export: a run's classifier as one file to run elsewhere, written only with the proof that it is the judged one."""
 
+import contextlib
 import copy
 import dataclasses
 import importlib.util
@@ -7,7 +8,7 @@ import json
 import logging
 import tempfile
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -181,10 +182,7 @@ def _write(model: Portable, draft: Path, facts: dict[str, Any], classifier: Clas
 
         return Side("torch.export", compute)
     whole = draft.with_name("float32.onnx") if options.int8 else draft
-    with warnings.catch_warnings():
-        # The exporter tells of torch's own deprecations and of packages that are not needed here.
-        warnings.simplefilter("ignore")
-        logging.getLogger("torch.onnx").setLevel(logging.ERROR)
+    with _quietly("torch.onnx"):
         program = torch.onnx.export(
             model,
             (example,),
@@ -204,6 +202,20 @@ def _write(model: Portable, draft: Path, facts: dict[str, Any], classifier: Clas
 
         _save(onnx.load(draft), draft, facts)
     return Side.of_onnx(PortableClassifier(draft, torch.get_num_threads()))
+
+
+@contextlib.contextmanager
+def _quietly(logger: str | None) -> Generator[None]:
+    """Hides what exporters tell: torch's own deprecations, packages that are not needed here, advice on its use."""
+    log = logging.getLogger(logger)
+    level = log.level
+    log.setLevel(logging.ERROR)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        log.setLevel(level)
 
 
 def _save(model: Any, path: Path, facts: dict[str, Any]) -> None:
@@ -229,9 +241,7 @@ def _quantize(whole: Path, target: Path, found: ImageSet, layout: str) -> None:
             return None if batch is None else {"images": batch}
 
     prepared = whole.with_name("prepared.onnx")
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        logging.getLogger().setLevel(logging.ERROR)
+    with _quietly(None):
         quant_pre_process(whole, prepared, skip_symbolic_shape=True)
         quantize_static(
             prepared,
