@@ -64,7 +64,8 @@ class Trials:
     """Runs in processes of their own, forked from this one, which has loaded everything and computed nothing."""
 
     def __init__(self, folder: Path, library: ctypes.CDLL) -> None:
-        importlib.import_module("dynaconv.experiment")  # the forked processes share it
+        for name in ("dynaconv.experiment", "torch._dynamo", "matplotlib.backends.backend_agg"):
+            importlib.import_module(name)  # the forked processes share it; torch loads its compiler with an optimiser
         self.folder, self.library = folder, library
         self.shared = mmap.mmap(-1, 8)
         self.counter = ctypes.addressof(ctypes.c_long.from_buffer(self.shared))
@@ -133,6 +134,7 @@ def work(run: Path) -> int:
         max_train_images=600,
         threads=1,
         checkpoint_every="0.03s",
+        num_grid_images=2,
     )
     stop_on_sigterm()
     try:
@@ -190,8 +192,10 @@ def tally(pairs: list[tuple[str, str]]) -> dict[str, object]:
 
 def signalled(trials: Trials, number: int) -> dict[str, object]:
     generator = random.Random(SEED)  # noqa: S311 -- moments to kill at, no secrets
-    pairs = []
-    for _ in range(TRIALS):
+    pairs: list[tuple[str, str]] = []
+    for trial in range(TRIALS):
+        if trial % 20 == 0:
+            print(trial, tally(pairs), flush=True)
         wait = generator.uniform(0, trials.seconds)
 
         def fail(run: Path, wait: float = wait) -> str:
@@ -231,7 +235,7 @@ def at_each_call(trials: Trials, mode: int) -> dict[str, object]:
             return f"exit {trials.finish(trials.start(run, mode, number))}"
 
         pairs.append(trials.try_one(fail))
-        if pairs[-1][1] != "same":
+        if pairs[-1][1] != "same" or number % 20 == 0:
             print(number, pairs[-1], flush=True)
     return {"calls_that_write": total, **tally(pairs)}
 

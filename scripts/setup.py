@@ -207,7 +207,7 @@ def install_borrowed(wanted: Sequence[str]) -> None:
 def compile_imported() -> None:
     """Compiles what a training imports, where this Python is told not to: it would do so at each start, for seconds."""
     if sys.dont_write_bytecode:
-        words = ("env", "-u", "PYTHONDONTWRITEBYTECODE", PYTHON, "-c", "import dynaconv.experiment")
+        words = ("env", "-u", "PYTHONDONTWRITEBYTECODE", PYTHON, "-c", "import dynaconv.experiment, torch._dynamo")
         with contextlib.suppress(PipError):  # it only saves time
             stage("bytecode of what a training imports", *words)
 

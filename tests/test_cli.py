@@ -1,6 +1,8 @@
 """The command line: help, JSON, settings that arrive in the recipe."""
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -70,3 +72,22 @@ def test_json_of_version_and_recipes(capsys):
     shown = capsys.readouterr()
     assert [row["name"] for row in json.loads(shown.out)] == list(RECIPES)
     assert "Command: dynaconv train coursework" in shown.err
+
+
+def test_a_sigterm_that_python_drops_comes_again():
+    code = """
+import os, signal, time, weakref
+from dynaconv.cli import stop_on_sigterm
+stop_on_sigterm()
+class Thing: pass
+thing = Thing()
+watch = weakref.ref(thing, lambda _: (os.kill(os.getpid(), signal.SIGTERM), time.sleep(0.1)))
+del thing  # whatever is raised in the callback is ignored
+try:
+    time.sleep(20)
+except KeyboardInterrupt:
+    print("stopped")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=15, check=True)
+    assert "Exception ignored" in done.stderr
+    assert done.stdout == "stopped\n"

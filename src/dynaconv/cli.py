@@ -58,6 +58,11 @@ exit codes: 0 done, 1 the work failed, 2 something to change in the command or t
 """
 
 
+AGAIN = 1.0
+"""Seconds after which a SIGTERM comes again: Python drops an exception that is raised in the callback of a weak
+reference or the end of an object, and a training frees many."""
+
+
 def main(arguments: "list[str] | None" = None) -> int:
     """Runs the command line and returns its exit code; `arguments` defaults to those of the process."""
     started = time.time()
@@ -96,6 +101,8 @@ def main(arguments: "list[str] | None" = None) -> int:
         # The reader of our output has gone; Python would complain once more when it flushes at exit.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 141
+    finally:
+        _stop_no_more()
 
 
 def train(words: "list[str]", people: "TextIO", started: float) -> "dict[str, Any]":
@@ -306,10 +313,22 @@ def stop_on_sigterm() -> None:
     import threading
 
     def stop(*_: object) -> None:
+        if hasattr(signal, "setitimer"):
+            signal.setitimer(signal.ITIMER_REAL, AGAIN)
         raise KeyboardInterrupt
 
     if threading.current_thread() is threading.main_thread():
         signal.signal(signal.SIGTERM, stop)
+        if hasattr(signal, "SIGALRM"):
+            signal.signal(signal.SIGALRM, stop)
+
+
+def _stop_no_more() -> None:
+    """Calls off what `stop_on_sigterm` has coming again."""
+    import signal
+
+    if hasattr(signal, "setitimer"):
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 if __name__ == "__main__":

@@ -74,7 +74,8 @@ def use_deterministic(wanted: bool) -> None:
     """
     if wanted:
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # without it cuBLAS refuses
-    torch.use_deterministic_algorithms(wanted)
+    if wanted != torch.are_deterministic_algorithms_enabled():  # setting it loads torch's compiler: seconds
+        torch.use_deterministic_algorithms(wanted)
     torch.backends.cudnn.benchmark = not wanted and torch.backends.cudnn.benchmark
     # Filling memory that is overwritten anyway would cost time and change no bit.
     torch.utils.deterministic.fill_uninitialized_memory = False  # pyright: ignore[reportAttributeAccessIssue]
