@@ -1,5 +1,6 @@
 """A whole run on real digits: what it leaves, that it can be repeated, and how it ends when it cannot go on."""
 
+import errno
 import json
 import math
 from pathlib import Path
@@ -16,6 +17,7 @@ from dynaconv.errors import UserError, WorkError
 from dynaconv.experiment import run_experiment
 from dynaconv.model.network import build_network
 from dynaconv.recipe import Recipe, with_settings
+from dynaconv.reporting.events import EventWriter
 from dynaconv.rundir import RunDir
 
 SMALL = with_settings(
@@ -111,6 +113,25 @@ def test_tensorboard_reads_the_events(finished):
     ]
     losses = [value[0] for step, tag, value in points if tag == "loss/validation"]
     assert losses == pytest.approx([epoch["validation_loss"] for epoch in run.read_metrics()])
+
+
+def test_events_on_a_full_disk_end_in_one_sentence(tmp_path):
+    class Full:
+        def write(self, data):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+        def close(self):
+            self.write(b"")
+
+    writer = EventWriter(tmp_path / "events")
+    writer.close()
+    writer._writer = Full()
+    with pytest.raises(UserError, match=r"events\.out\.tfevents\.\d+\.\d+ cannot be written: No space left on device"):
+        writer.write({"epoch": 1, "training_loss": 1.0})
+    writer.close()
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot be written"):
+        EventWriter(tmp_path / "file")
 
 
 def test_the_stored_recipe_repeats_the_run(finished, tmp_path):

@@ -122,9 +122,9 @@ def parse_check(words: list[str]) -> Any:
 
 
 def parse_evaluate(words: list[str]) -> Any:
-    """Parses RUN [--split S] [--views V] [--mixture] [--explain] [--robustness] [--cifar10-c DIR] [--cifar10-1 DIR].
+    """Parses RUN [--split S] [--views V] [--mixture] [--explain] [--robustness] [--neighbours] [...].
 
-    Returns an object with the attributes run, split, views, mixture, explain, robustness, cifar10_c and
+    Returns an object with the attributes run, split, views, mixture, explain, robustness, neighbours, cifar10_c and
     cifar10_1; errors as `parse_training`.
     """
     words = take_folders(words, "evaluate", "dynaconv evaluate runs/first", ["run"])
@@ -141,6 +141,7 @@ def parse_evaluate(words: list[str]) -> Any:
         option(bool, "mixture", "Describe the mixing weights of every block, and what is lost without them.", False),
         option(bool, "explain", "Show where the network looked in its surest mistakes (needs captum).", False),
         option(bool, "robustness", "Judge 2,000 images under 14 corruptions at 5 severities as well.", False),
+        option(bool, "neighbours", "Keep training images in the run, so that `serve` shows the most alike.", False),
         option(Path | None, "cifar10_c", "Folder with the files of CIFAR-10-C, to judge on as well."),
         option(Path | None, "cifar10_1", "Folder with the files of CIFAR-10.1 v6, to judge on as well."),
     )
@@ -261,9 +262,10 @@ def parse_verify(words: list[str]) -> Any:
 
 
 def parse_predict(words: list[str]) -> tuple[list[str], Any]:
-    """Parses RUN PICTURE [PICTURE ...] [--top N] [--form F].
+    """Parses RUN PICTURE [PICTURE ...] [--top N] [--form F] [--into FILE] [--explain DIR].
 
-    Returns what names the pictures, and an object with the attributes run, top and form; errors as elsewhere.
+    Returns what names the pictures, and an object with the attributes run, top, form, into and explain; errors as
+    elsewhere.
     """
     example = "dynaconv predict runs/first cat.jpg"
     # "-" alone is a picture as well: their paths come from standard input.
@@ -275,12 +277,25 @@ def parse_predict(words: list[str]) -> tuple[list[str], Any]:
         "Classifies pictures: files, folders, patterns, or - for paths from standard input.",
         folder("run", "Folder of a finished run."),
         option(int, "top", "Likeliest classes to tell, at least 1.", 1),
-        option(Literal["table", "jsonl", "csv"], "form", "A table for people, JSON lines, or CSV.", "table"),
+        option(
+            Literal["table", "jsonl", "csv", "parquet"],
+            "form",
+            "A table for people, JSON lines, CSV, or a parquet file.",
+            "table",
+        ),
+        option(Path | None, "into", "File to write to. None writes to standard output; parquet needs one."),
+        option(
+            Path | None,
+            "explain",
+            "Folder for a picture of what the network saw and what spoke for its answer, for each; not from .onnx.",
+        ),
     )
     if len(named) < 2:
         raise UserError(f"`dynaconv predict` needs pictures: {example}.")
     if options.top < 1:
         raise UserError(f"--top must be at least 1, received {options.top}.")
+    if options.form == "parquet" and options.into is None:
+        raise UserError("--form parquet needs a file to write to: --into predictions.parquet.")
     return named[1:], options
 
 

@@ -154,8 +154,8 @@ def evaluate(words: "list[str]", people: "TextIO", started: float) -> "dict[str,
 
     stop_on_sigterm()
     say, _ = display(people)
-    wanted = (options.mixture, options.explain, options.robustness, options.cifar10_c, options.cifar10_1)
-    return evaluate_run(options.run, options.split, options.views, *wanted, say)
+    wanted = (options.mixture, options.explain, options.robustness, options.neighbours)
+    return evaluate_run(options.run, options.split, options.views, *wanted, options.cifar10_c, options.cifar10_1, say)
 
 
 def compare(words: "list[str]", people: "TextIO", started: float) -> "dict[str, Any]":
@@ -189,7 +189,7 @@ def predict(words: "list[str]", people: "TextIO", started: float) -> "list[dict[
     pictures, options = parse_predict(words)
     from dynaconv.shipping.predictions import predict_files
 
-    return predict_files(options.run, pictures, options.top, options.form, people)
+    return predict_files(options.run, pictures, options.top, options.form, people, options.into, options.explain)
 
 
 def export(words: "list[str]", people: "TextIO", started: float) -> "dict[str, Any]":

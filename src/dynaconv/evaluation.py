@@ -21,12 +21,17 @@ from dynaconv.judging.comparison import Comparison, compare, tell_classes, tell_
 from dynaconv.judging.evaluate import Evaluation, evaluate
 from dynaconv.judging.explain import METHODS, overlay
 from dynaconv.judging.explain import explain as explain_images
+from dynaconv.judging.familiarity import measure_familiarity
 from dynaconv.judging.judgement import Calibration, calibrate, judge, tell, worst_mistakes
 from dynaconv.judging.mixing import view_mixture
+from dynaconv.judging.neighbours import collect_neighbours
 from dynaconv.judging.robustness import Robustness, judge_blocks, judge_robustness, read_cifar10_1, read_cifar10_c
 from dynaconv.judging.trained import Trained, load_judged_images, load_trained, read_side, require_finished, runs_in
+from dynaconv.model.network import Network
+from dynaconv.recipe import Recipe
 from dynaconv.reporting.figures import draw_mixture, draw_pictures, save_figure, to_png
-from dynaconv.rundir import CALIBRATION, RunDir
+from dynaconv.rundir import CALIBRATION, FAMILIARITY, NEIGHBOURS, RunDir
+from dynaconv.training.start import load_training_data
 
 SHOWN = 20
 """Pictures on a sheet."""
@@ -70,6 +75,24 @@ def store_judgement(
     return document
 
 
+def store_familiarity(run: RunDir, network: Network, training: ImageSet, validation: ImageSet, recipe: Recipe) -> None:
+    """Writes where the training images lie, so that pictures unlike them are told; not without validation images."""
+    found = measure_familiarity(network, training, validation, recipe)
+    if found is not None:
+        run.write_tensors(FAMILIARITY, found.as_tensors())
+
+
+def _keep_neighbours(trained: Trained, device: torch.device, say: Callable[[str], None]) -> None:
+    data = load_training_data(trained.recipe, device, lambda line: None)
+    if data.sha256 != trained.run.read_json("environment.json").get("data_sha256"):
+        raise UserError(f"The images of {data.source} are not those that {trained.run.path} was trained on.")
+    training = data.train.with_classes(trained.classes)
+    found = collect_neighbours(trained.network, training, trained.recipe)
+    trained.run.write_tensors(NEIGHBOURS, found.as_tensors())
+    store_familiarity(trained.run, trained.network, training, data.validation, trained.recipe)
+    say(f"Kept {len(found.labels)} training images in {trained.run.path / NEIGHBOURS}.")
+
+
 def random_places(images: int, count: int, seed: int) -> torch.Tensor:
     """Returns the places of `count` random images, fewer where there are fewer; the seed chooses them."""
     return torch.randperm(images, generator=torch.Generator().manual_seed(seed))[:count]
@@ -97,6 +120,7 @@ def evaluate_run(
     mixture: bool = False,
     explain: bool = False,
     robustness: bool = False,
+    neighbours: bool = False,
     cifar10_c: Path | None = None,
     cifar10_1: Path | None = None,
     say: Callable[[str], None] = print,
@@ -110,6 +134,7 @@ def evaluate_run(
         mixture: Describe what the mixtures of the network do, and what is lost with fixed weights.
         explain: Show where the network looked in its surest mistakes.
         robustness: Judge 2,000 images under this project's own corruptions as well.
+        neighbours: Keep training images and where the network puts them, so that `serve` shows the most alike.
         cifar10_c: Folder with the files of CIFAR-10-C, judged as well.
         cifar10_1: Folder with the files of CIFAR-10.1, judged as well.
         say: Shows a line to the user.
@@ -133,22 +158,29 @@ def evaluate_run(
     view = view_mixture(trained.network, images, trained.recipe).as_dict() if images and mixture else None
     if images is not None and explain:
         _explain_mistakes(trained, split, images, say)
+    if neighbours:
+        _keep_neighbours(trained, device, say)
     found: dict[str, Robustness] = {}
     predict = _predictor(trained, device)
     if images is not None and robustness:
         found["own"] = judge_robustness(predict, images.images, images.labels)
-    for name, blocks in others:
-        found[name] = judge_blocks(predict, blocks, name)
-    for each in found.values():
-        _tell_robustness(each, say)
+    found |= {name: judge_blocks(predict, blocks, name) for name, blocks in others}
     if view is not None:
         _store_mixture(trained.run, view, split, say)
         document = {**document, "mixture": view}
+    return {**document, **_store_robustness(trained.run, split, found, say)}
+
+
+def _store_robustness(
+    run: RunDir, split: str, found: dict[str, Robustness], say: Callable[[str], None]
+) -> dict[str, Any]:
     if not found:
-        return document
+        return {}
+    for each in found.values():
+        _tell_robustness(each, say)
     stored = {name: each.as_dict() for name, each in found.items()}
-    trained.run.write_json(f"robustness-{split}.json", stored)
-    return {**document, "robustness": stored}
+    run.write_json(f"robustness-{split}.json", stored)
+    return {"robustness": stored}
 
 
 def _store_mixture(run: RunDir, view: dict[str, Any], split: str, say: Callable[[str], None]) -> None:

@@ -27,7 +27,7 @@ from dynaconv.device import (
     use_threads,
 )
 from dynaconv.errors import UserError, WorkError
-from dynaconv.evaluation import random_places, store_judgement
+from dynaconv.evaluation import random_places, store_familiarity, store_judgement
 from dynaconv.judging.evaluate import Evaluation, evaluate
 from dynaconv.judging.judgement import calibrate
 from dynaconv.judging.mixing import CollapseWatch
@@ -226,6 +226,7 @@ def _train_and_judge(work: _Work) -> dict[str, Any]:
     _draw(run, recipe, history, test_images, evaluations["test"])
     calibration = calibrate(evaluations.get("validation"), recipe.evaluate.wanted_precision)
     run.write_json(CALIBRATION, calibration.as_dict())
+    store_familiarity(run, model, data.train, data.validation, recipe)
     for split, images in (("validation", data.validation), ("test", test_images)):
         if split in evaluations:
             store_judgement(run, split, evaluations[split], images, calibration, recipe.train.seed)

@@ -18,6 +18,7 @@ if TYPE_CHECKING:
 
 METRICS, WEIGHTS, RESULT = "metrics.jsonl", "model.safetensors", "result.json"
 LOOKS, CALIBRATION = "looks.json", "calibration.json"
+FAMILIARITY, NEIGHBOURS = "familiarity.safetensors", "neighbours.safetensors"
 STATE, LOCK = "state", ".lock"
 MOST_JSON_BYTES, MOST_TENSOR_BYTES = 256 * 2**20, 4 * 2**30
 """Larger files in a run's folder are not read: no run writes them."""
@@ -105,23 +106,31 @@ class RunDir:
             raise UserError(f"{self.path / METRICS} cannot be read: {error}.") from error
 
     def write_weights(self, tensors: "dict[str, torch.Tensor]") -> None:
-        """Writes model.safetensors: named tensors, nothing that could be run."""
+        """Writes model.safetensors."""
+        self.write_tensors(WEIGHTS, tensors)
+
+    def read_weights(self) -> "dict[str, torch.Tensor]":
+        """Reads model.safetensors; raises UserError if it is missing or damaged."""
+        return self.read_tensors(WEIGHTS)
+
+    def write_tensors(self, name: str, tensors: "dict[str, torch.Tensor]") -> None:
+        """Writes named tensors as a safetensors file, which holds nothing that could be run; whole or not at all."""
         from safetensors.torch import save
 
         # Not save_file: on a full disk it raises an error of its own, which is no OSError.
         content = save({name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()})
-        with writing_whole(self.path / WEIGHTS) as temporary:
+        with writing_whole(self.path / name) as temporary:
             temporary.write_bytes(content)
 
-    def read_weights(self) -> "dict[str, torch.Tensor]":
-        """Reads model.safetensors; raises UserError if it is missing or damaged."""
+    def read_tensors(self, name: str) -> "dict[str, torch.Tensor]":
+        """Reads a safetensors file of the run; raises UserError if it is missing or damaged."""
         from safetensors import SafetensorError
         from safetensors.torch import load
 
         try:
-            return load(read_bounded(self.path / WEIGHTS, MOST_TENSOR_BYTES))
+            return load(read_bounded(self.path / name, MOST_TENSOR_BYTES))
         except (OSError, SafetensorError, KeyError, ValueError, RuntimeError) as error:
-            raise UserError(f"{self.path / WEIGHTS} cannot be read: {error}.") from error
+            raise UserError(f"{self.path / name} cannot be read: {error}.") from error
 
     def write_predictions(
         self, split: str, logits: "torch.Tensor", labels: "torch.Tensor", classes: tuple[str, ...], images_sha256: str

@@ -1,10 +1,13 @@
 """A classifier as its user has it: every form of a picture, files and folders, and what cannot be read."""
 
+import base64
 import csv
 import io
 import json
+import shutil
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import torch
 from PIL import Image
@@ -28,8 +31,9 @@ SMALL = with_settings(
     batch_size=32,
     learning_rate=0.01,
     threads=1,
-    wanted_precision=0.5,
+    wanted_precision=0.9,
     flip=0.0,
+    validation_fraction=0.2,
 )
 
 
@@ -117,9 +121,10 @@ def test_what_is_no_picture_is_refused(classifier, picture):
 
 
 def test_any_size_is_read_and_a_much_larger_one_gets_a_note(classifier):
-    assert classifier.predict(np.zeros((1, 1), np.uint8)).notes == ()
-    large = classifier.predict(np.zeros((300, 400, 3), np.uint8))
-    assert large.notes == ("It is 400 x 300 pixels, seen as 8 x 8: nearly all detail is lost.",)
+    small, large = (classifier.predict(np.zeros(shape, np.uint8)) for shape in ((1, 1), (300, 400, 3)))
+    told = "It is 400 x 300 pixels, seen as 8 x 8: nearly all detail is lost."
+    assert told in large.notes
+    assert set(large.notes) - {told} == set(small.notes)  # black is unlike any digit
 
 
 def test_the_likeliest_classes(classifier, digits):
@@ -190,3 +195,77 @@ def test_a_bad_picture_among_others_is_told_and_left(run, pictures, capsys):
 def test_what_a_user_gets_wrong(run, words, sentence, capsys):
     assert main(["predict", *(str(run) if word == "RUN" else word for word in words)]) == 2
     assert capsys.readouterr().err == f"dynaconv: {sentence}\n"
+
+
+def test_predictions_as_a_parquet_file(run, pictures, tmp_path, capsys):
+    into = tmp_path / "found.parquet"
+    assert main(["predict", str(run), str(pictures), "--form", "parquet", "--top", "2", "--into", str(into)]) == 0
+    assert capsys.readouterr().out == f"3 predictions: {into}\n"
+    rows = pq.read_table(into).to_pylist()
+    assert main(["predict", str(run), str(pictures), "--top", "2", "--json"]) == 0
+    assert rows == json.loads(capsys.readouterr().out)
+
+
+@pytest.mark.parametrize("form", ["table", "jsonl", "csv"])
+def test_predictions_into_a_file_are_those_of_standard_output(form, run, pictures, tmp_path, capsys):
+    words = ["predict", str(run), str(pictures), "--form", form]
+    assert main(words) == 0
+    told = capsys.readouterr().out
+    assert main([*words, "--into", str(tmp_path / "found")]) == 0
+    assert (tmp_path / "found").read_text() == told
+
+
+def test_parquet_needs_a_file(run, pictures, capsys):
+    assert main(["predict", str(run), str(pictures), "--form", "parquet"]) == 2
+    assert "--into predictions.parquet" in capsys.readouterr().err
+
+
+def test_explained_pictures(run, pictures, tmp_path, capsys):
+    folder = tmp_path / "why"
+    assert main(["predict", str(run), str(pictures), "--explain", str(folder)]) == 0
+    assert sorted(path.name for path in folder.iterdir()) == ["0001-a.png", "0002-b.png", "0003-c.png"]
+    both = np.asarray(Image.open(folder / "0001-a.png").convert("RGB"))
+    seen = np.asarray(Image.open(pictures / "a.png").resize((48, 48), Image.Resampling.NEAREST))
+    assert both.shape == (48, 104, 3)
+    assert np.array_equal(both[:, :48, 0], seen)
+    assert len(np.unique(both[:, 56:].reshape(-1, 3), axis=0)) > 10
+    capsys.readouterr()
+    assert main(["predict", str(run), str(pictures), "--explain", str(folder)]) == 2
+    assert "holds something" in capsys.readouterr().err
+    assert main(["predict", "model.onnx", str(pictures), "--explain", str(tmp_path / "other")]) == 2
+
+
+def test_a_picture_unlike_what_trained_is_told(classifier, digits):
+    noise = np.random.default_rng(0).integers(0, 256, (8, 8), dtype=np.uint8)
+    notes = [classifier.predict(picture).notes for picture in (noise, digits.images[0, 0].numpy())]
+    assert notes[0][-1].startswith("It is unlike the pictures that trained: ")
+    assert notes[1] == ()
+    assert (classifier.answer(digits.images.numpy())[:, -1] > 1).mean() < 0.03
+
+
+def test_an_older_run_knows_less(run, tmp_path, digits):
+    shutil.copytree(run, tmp_path / "old")
+    (tmp_path / "old" / "familiarity.safetensors").unlink()
+    (tmp_path / "old" / "pictures-test.json").unlink()
+    old, new = Classifier.load(tmp_path / "old"), Classifier.load(run)
+    images = digits.images[:5].numpy()
+    assert np.isnan(old.answer(images)[:, -1]).all()
+    assert np.array_equal(old.probabilities(images), new.probabilities(images))
+    assert old.gallery() == []
+    assert old.detail(images[0])["nearest"] == []
+
+
+def test_kept_training_images_are_shown(run, tmp_path, digits, capsys):
+    shutil.copytree(run, tmp_path / "kept")
+    assert main(["evaluate", str(tmp_path / "kept"), "--neighbours"]) == 0
+    assert "Kept 1151 training images" in capsys.readouterr().out
+    kept = Classifier.load(tmp_path / "kept")
+    shown = kept.detail(digits.images[0].numpy())["nearest"]
+    assert len(shown) == 5
+    assert {each["label"] for each in shown} <= set(kept.classes)
+    assert Image.open(io.BytesIO(base64.b64decode(shown[0]["png"]))).size == (8, 8)
+    assert len(kept.gallery()) == 20
+    assert kept.gallery()[0]["label"] in kept.classes
+    (tmp_path / "kept" / "pictures-test.json").write_text('{"random": [{"label": "cat"}]}')
+    with pytest.raises(UserError, match="holds no pictures"):
+        kept.gallery()

@@ -37,6 +37,7 @@ SMALL = with_settings(
     wanted_precision=0.5,
     threads=1,
     channels=3,
+    validation_fraction=0.2,
 )
 
 
@@ -205,7 +206,9 @@ def test_torch_export(run, tmp_path):
     assert json.loads(extra[f"{FACTS}.json"])["classes"] == list("0123456789")
     pixels = np.random.default_rng(0).integers(0, 256, (3, 8, 8, 3), dtype=np.uint8)
     told = [each.probabilities for each in Classifier.load(run).predict_all(list(pixels))]
-    assert program(torch.from_numpy(pixels)).detach().numpy() == pytest.approx(np.array(told), abs=1e-5)
+    probabilities, distance = program(torch.from_numpy(pixels))
+    assert (distance > 1).all()  # noise
+    assert probabilities.detach().numpy() == pytest.approx(np.array(told), abs=1e-5)
     assert (tmp_path / "model.pt2").stat().st_size == found["bytes_after"]
 
 
@@ -371,3 +374,10 @@ def test_files_that_are_no_exported_classifier(exported, tmp_path):
     onnx.save(model, tmp_path / "foreign.onnx")
     with pytest.raises(UserError, match="it names no classes"):
         PortableClassifier(tmp_path / "foreign.onnx")
+
+
+def test_the_file_tells_pictures_unlike_what_trained_as_the_run_does(run, exported):
+    noise = np.random.default_rng(0).integers(0, 256, (6, 3, 8, 8), dtype=np.uint8)
+    mine, its = (Classifier.load(path).answer(noise)[:, -1] for path in (run, exported[0]))
+    assert (mine > 1).all()
+    assert its == pytest.approx(mine, rel=1e-4)

@@ -35,11 +35,17 @@ class Brightness(PictureClassifier):
     def __init__(self, seconds=0.0):
         self.seconds, self.batches = seconds, []
 
-    def probabilities(self, images):
+    def answer(self, images):
         self.batches.append(len(images))
         time.sleep(self.seconds)
         bright = images.reshape(len(images), -1).mean(1) / 255
-        return np.stack([1 - bright, bright], axis=1)
+        return np.stack([1 - bright, bright, np.where(bright == 1, 3.0, np.nan)], axis=1)
+
+    def detail(self, image):
+        return {"heat": "aGVhdA=="}
+
+    def gallery(self):
+        return [{"label": "dark", "png": "cG5n"}]
 
 
 def picture(value, form="PNG", size=(10, 10)):
@@ -55,6 +61,23 @@ def client():
 
 
 PNG = {"Content-Type": "image/png"}
+
+
+def test_what_the_page_shows_more(client):
+    plain = client.post("/v1/predict", content=picture(0), headers=PNG).json()["predictions"][0]
+    assert not {"seen", "heat"} & set(plain)
+    detailed = client.post("/v1/predict?detail=1", content=picture(0), headers=PNG).json()["predictions"][0]
+    assert detailed["heat"] == "aGVhdA=="
+    assert Image.open(io.BytesIO(base64.b64decode(detailed["seen"]))).size == (8, 8)
+    assert client.get("/v1/gallery").json() == {"samples": [{"label": "dark", "png": "cG5n"}]}
+
+
+def test_a_picture_unlike_what_trained_is_told(client):
+    far, near = (
+        client.post("/v1/predict", content=picture(value), headers=PNG).json()["predictions"][0] for value in (255, 0)
+    )
+    assert far["notes"][0].startswith("It is unlike the pictures that trained: 3.0 times as far")
+    assert near["notes"] == []
 
 
 def test_a_picture_as_it_is(client):

@@ -2,6 +2,7 @@
 
 import math
 from functools import partial
+from typing import cast
 
 import torch
 from torch import nn
@@ -161,11 +162,24 @@ class Backbone(nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Maps (N, C, H, W) to (N, last width, H / 2**P, W / 2**P) after P poolings; sizes are rounded down."""
-        if self.stem is not None:
-            inputs = self.activate(self.stem(inputs).contiguous(memory_format=torch.channels_last))
-        for block, pool, norm in zip(self.blocks, self.pools, self.norms, strict=True):
-            inputs = self.activate(normalize_maps(norm, pool_maps(pool, block(inputs))))
-        return inputs
+        return self.run_blocks(self.run_stem(inputs), 0, len(self.blocks))
+
+    def block(self, place: int) -> Block:
+        """Returns block number `place`, from 0."""
+        return cast("Block", self.blocks[place])
+
+    def run_stem(self, images: torch.Tensor) -> torch.Tensor:
+        """Maps images to the maps that the first block sees: the images themselves without a stem."""
+        if self.stem is None:
+            return images
+        return self.activate(self.stem(images).contiguous(memory_format=torch.channels_last))
+
+    def run_blocks(self, maps: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Runs blocks number `start` to `stop` - 1, from 0, and what follows each."""
+        layers = list(zip(self.blocks, self.pools, self.norms, strict=True))
+        for block, pool, norm in layers[start:stop]:
+            maps = self.activate(normalize_maps(norm, pool_maps(pool, block(maps))))
+        return maps
 
 
 class Classifier(nn.Sequential):
@@ -174,6 +188,11 @@ class Classifier(nn.Sequential):
     def __init__(self, channels: int, num_classes: int) -> None:
         """Makes the classifier for a backbone with `channels` output channels."""
         super().__init__(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes))
+
+    @property
+    def linear(self) -> nn.Linear:
+        """The last layer."""
+        return cast("nn.Linear", self[2])
 
 
 class Network(nn.Module):

@@ -24,6 +24,7 @@ from dynaconv.data.sources import load_images, options_of
 from dynaconv.device import keep_freed_memory, use_threads
 from dynaconv.errors import UserError, WorkError
 from dynaconv.files import writing_whole
+from dynaconv.judging.familiarity import see
 from dynaconv.judging.trained import load_judged_images
 from dynaconv.model.network import Block
 from dynaconv.shipping.certificate import SAME, Side, certify, hash_weights, tell, to_text
@@ -70,15 +71,22 @@ class Portable(nn.Module):
         # A copy: the classifier itself goes on as it was judged, to be compared with.
         self.network, self._augment = copy.deepcopy(trained.network), trained.recipe.augment
         self._temperature, self._layout = classifier.calibration.temperature, layout
+        self._familiarity = classifier.familiarity
         for layer in self.network.modules():
             if isinstance(layer, Block):
                 layer.form = "literal"
 
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Maps (N, C, H, W) or, in the other layout, (N, H, W, C) uint8 to (N, classes) float32 that sum to 1."""
+    def forward(self, images: torch.Tensor) -> tuple[torch.Tensor, ...]:
+        """Maps (N, C, H, W) or, in the other layout, (N, H, W, C) uint8 to float32.
+
+        Returns:
+            (N, classes) that sum to 1; (N,) distances from the training images, where they were measured.
+        """
         if self._layout == "nhwc":
             images = images.permute(0, 3, 1, 2)
-        return to_probabilities(self.network(normalize(to_tensor(images), self._augment)), self._temperature)
+        logits, features = see(self.network, normalize(to_tensor(images), self._augment))
+        probabilities = to_probabilities(logits, self._temperature)
+        return (probabilities,) if self._familiarity is None else (probabilities, self._familiarity.distance(features))
 
 
 def export_run(run: Path, options: ExportOptions, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -162,7 +170,8 @@ def _facts(classifier: Classifier, options: ExportOptions) -> dict[str, Any]:
         "weights_sha256": hash_weights(classifier.trained.run.path),
         "layout": options.layout,
         "input": f"images: ({', '.join(options.layout.upper())}) uint8, 0 to 255",
-        "output": "probabilities: (N, classes) float32",
+        "output": "probabilities: (N, classes) float32"
+        + ("; distance: (N,) float32, above 1 unlike what trained" if classifier.familiarity else ""),
     }
 
 
@@ -178,7 +187,7 @@ def _write(model: Portable, draft: Path, facts: dict[str, Any], classifier: Clas
 
         def compute(pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
             with torch.no_grad():
-                return loaded(torch.from_numpy(as_layout(pixels, options.layout))).double().numpy()
+                return loaded(torch.from_numpy(as_layout(pixels, options.layout)))[0].double().numpy()
 
         return Side("torch.export", compute)
     whole = draft.with_name("float32.onnx") if options.int8 else draft
@@ -188,7 +197,7 @@ def _write(model: Portable, draft: Path, facts: dict[str, Any], classifier: Clas
             (example,),
             dynamo=True,
             input_names=["images"],
-            output_names=["probabilities"],
+            output_names=["probabilities", "distance"][: 2 if classifier.familiarity else 1],
             dynamic_shapes=batch,
             opset_version=OPSET,
             verbose=False,
@@ -261,7 +270,10 @@ def _quantize(whole: Path, target: Path, found: ImageSet, layout: str) -> None:
 def _training_images(classifier: Classifier) -> ImageSet:
     trained = classifier.trained
     images = load_images(trained.recipe.data.source, "train", options_of(trained.recipe.data))
-    chosen = torch.tensor(trained.run.read_json("split.json").get("train") or list(range(len(images))))
+    # Ranges taken from the images that the file is proved on would flatter it.
+    held_out = torch.tensor(trained.run.read_json("split.json").get("validation", []), dtype=torch.int64)
+    chosen = torch.arange(len(images))
+    chosen = chosen[~torch.isin(chosen, held_out)]
     return images.subset(chosen[:: max(1, len(chosen) // CALIBRATION_IMAGES)])
 
 

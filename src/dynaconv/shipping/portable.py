@@ -62,19 +62,22 @@ class PortableClassifier(PictureClassifier):
         self.classes = tuple(self.facts["classes"])
         self.image_size, self.channels = self.facts["image_size"], self.facts["channels"]
         self.threshold = self.facts["threshold"]
-        shape = self.session.get_outputs()[0].shape
-        if shape[-1] != len(self.classes):
-            raise UserError(f"{path} names {len(self.classes)} classes and gives {shape[-1]} probabilities.")
+        given = self.session.get_outputs()
+        if [each.name for each in given] not in (["probabilities"], ["probabilities", "distance"]):
+            raise UserError(f"{path} does not give what it says it gives; it was altered.")
+        if given[0].shape[-1] != len(self.classes):
+            raise UserError(f"{path} names {len(self.classes)} classes and gives {given[0].shape[-1]} probabilities.")
         sides = {"C": self.channels, "H": self.image_size, "W": self.image_size}
         wanted = [sides[side] for side in self.facts["layout"][1:].upper()]
         taken = self.session.get_inputs()
         if [each.name for each in taken] != ["images"] or list(taken[0].shape[1:]) != wanted:
             raise UserError(f"{path} does not take the images that it says it takes; it was altered.")
 
-    def probabilities(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
-        """Returns calibrated probabilities, (N, classes), of (N, C, H, W) images."""
-        (found,) = self.session.run(None, {"images": as_layout(images, self.facts["layout"])})
-        return np.asarray(found, dtype=np.float64)
+    def answer(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
+        """Returns (N, classes + 1) of (N, C, H, W) images: see `PictureClassifier.answer`."""
+        probabilities, *distance = self.session.run(None, {"images": as_layout(images, self.facts["layout"])})
+        distance = distance[0] if distance else np.full(len(images), np.nan)
+        return np.column_stack([probabilities, distance]).astype(np.float64)
 
 
 def as_layout(images: npt.NDArray[np.uint8], layout: str) -> npt.NDArray[np.uint8]:

@@ -23,6 +23,10 @@ Picture: TypeAlias = "str | Path | bytes | Image.Image | npt.NDArray[np.uint8] |
 is 1, 3 or, in an array, 4."""
 BATCH = 64
 NOTHING_KNOWN = "It is so unlike the pictures that trained that no class is likelier than another."
+UNLIKE = (
+    "It is unlike the pictures that trained: {} times as far from them as one in 200 such pictures is. "
+    "The probabilities may be worth nothing."
+)
 MUCH_LARGER = 16
 """A picture whose shorter side is this many times that of the images that trained loses nearly all of its detail."""
 
@@ -90,8 +94,28 @@ class PictureClassifier(ABC):
     threshold: float | None
 
     @abstractmethod
+    def answer(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
+        """Computes all there is to say about images.
+
+        Args:
+            images: (N, C, H, W), as `read` makes them.
+
+        Returns:
+            (N, classes + 1): calibrated probabilities; last, how far an image lies from those that trained: above 1
+            further than one in 200 validation images, not a number where that is not known.
+        """
+
     def probabilities(self, images: npt.NDArray[np.uint8]) -> npt.NDArray[np.float64]:
         """Returns calibrated probabilities, (N, classes), of (N, C, H, W) images as `read` makes them."""
+        return self.answer(images)[:, :-1]
+
+    def detail(self, image: npt.NDArray[np.uint8]) -> dict[str, Any]:
+        """Returns more about one (C, H, W) image as JSON values, to look at; empty where nothing is known."""
+        return {}
+
+    def gallery(self) -> list[dict[str, str]]:
+        """Returns test images to try, each with its "label" and as "png" in base64; none where none are at hand."""
+        return []
 
     def predict(self, picture: Picture) -> Prediction:
         """Classifies one picture; raises UserError if it cannot be read."""
@@ -109,11 +133,20 @@ class PictureClassifier(ABC):
                 str(picture) if isinstance(picture, str | Path) else f"picture {place}" for place, picture in batch
             ]
             read = [self.read(picture, name) for (_, picture), name in zip(batch, names, strict=True)]
-            probabilities = self.probabilities(np.stack([image for image, _ in read]))
-            for name, (_, notes), row in zip(names, read, probabilities.tolist(), strict=True):
-                lost = max(row) <= 1 / len(row) + 1e-6
-                abstains = lost or (self.threshold is not None and max(row) < self.threshold)
-                yield Prediction(name, tuple(row), self.classes, abstains, (*notes, NOTHING_KNOWN) if lost else notes)
+            answers = self.answer(np.stack([image for image, _ in read]))
+            for name, (_, notes), answer in zip(names, read, answers, strict=True):
+                yield self.tell(name, notes, answer)
+
+    def tell(self, name: str, notes: tuple[str, ...], answer: npt.NDArray[np.float64]) -> Prediction:
+        """Makes a prediction of one row of `answer`, and of what `read` noted; here it is decided when to abstain."""
+        *row, distance = answer.tolist()
+        lost = max(row) <= 1 / len(row) + 1e-6
+        if lost:
+            notes = (*notes, NOTHING_KNOWN)
+        elif distance > 1:  # not so for what is no number
+            notes = (*notes, UNLIKE.format("more than ten" if distance > 10 else f"{distance:.1f}"))
+        abstains = lost or (self.threshold is not None and max(row) < self.threshold)
+        return Prediction(name, tuple(row), self.classes, abstains, notes)
 
     def read(self, picture: Picture, name: str = "picture") -> tuple[npt.NDArray[np.uint8], tuple[str, ...]]:
         """Brings a picture into the form of the images that trained: the picture that the network sees.

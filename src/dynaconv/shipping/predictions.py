@@ -1,36 +1,57 @@
 """Many pictures classified at once, and told as a table, JSON lines or CSV."""
 
+import base64
 import csv
+import io
 import json
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
+from PIL import Image
+
 from dynaconv.errors import UserError, WorkError
-from dynaconv.shipping.prediction import BATCH, PictureClassifier, Prediction, find_pictures
+from dynaconv.files import writing_whole
+from dynaconv.shipping.prediction import BATCH, PictureClassifier, Prediction, find_pictures, to_png_bytes
+
+GAP = 8
+"""Pixels between the two halves of an explanation."""
 
 
-def predict_files(run: Path, words: list[str], top: int, form: str, stream: TextIO) -> list[dict[str, Any]]:
+def predict_files(
+    run: Path,
+    words: list[str],
+    top: int,
+    form: str,
+    stream: TextIO,
+    into: Path | None = None,
+    explain: Path | None = None,
+) -> list[dict[str, Any]]:
     """Classifies pictures and writes a line for each as soon as it is known; one that cannot be read is told, and left.
 
     Args:
         run: Folder of a finished run, or an exported .onnx file, for which torch is not loaded.
         words: Files, folders, patterns, or "-" for paths from standard input.
         top: Likeliest classes to tell.
-        form: "table", "jsonl" or "csv".
-        stream: Where the lines go. What cannot be read goes to standard error.
+        form: "table", "jsonl", "csv" or "parquet".
+        stream: Where the lines go without `into`. What cannot be read goes to standard error.
+        into: A file for them, written when all are known; parquet needs one.
+        explain: Folder that is made for an image of every picture: what the network saw, and what spoke for its class.
 
     Returns:
         `Prediction.as_dict` of every picture that was read.
 
     Raises:
-        UserError: no such run, or no such picture.
+        UserError: no such run, no such picture, or a file or folder that cannot be written.
         WorkError: some pictures could not be read; the others have been told.
     """
     classifier = load_classifier(run)
     paths = find_pictures(words, sys.stdin)
-    tell = _FORMS[form](stream, top)
+    if explain is not None:
+        _make_folder(explain, run)
+    lines = io.StringIO()
+    tell = _FORMS[form](lines if into else stream, top)
     told: list[dict[str, Any]] = []
     bad = 0
     for start in range(0, len(paths), BATCH):
@@ -41,9 +62,51 @@ def predict_files(run: Path, words: list[str], top: int, form: str, stream: Text
                 continue
             tell(prediction)
             told.append(prediction.as_dict(top))
+            if explain is not None:
+                _explain(classifier, prediction, explain / f"{len(told):04d}-{Path(prediction.name).stem}.png")
+    if into is not None:
+        _write(into, told, lines.getvalue(), form)
+        stream.write(f"{len(told)} predictions: {into}\n")
     if bad:
         raise WorkError(f"{bad} of {len(paths)} pictures could not be read.")
     return told
+
+
+def _make_folder(folder: Path, run: Path) -> None:
+    if run.suffix == ".onnx":
+        raise UserError("--explain needs the folder of a run: an exported file gives probabilities only.")
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        if any(folder.iterdir()):
+            raise UserError(f"The folder {folder} holds something; name another with --explain, or empty it.")
+    except OSError as error:
+        raise UserError(f"The folder {folder} cannot be made: {error.strerror or error}.") from error
+
+
+def _explain(classifier: PictureClassifier, prediction: Prediction, path: Path) -> None:
+    """Writes what the network saw and, beside it, which places spoke for the predicted class."""
+    image, _ = classifier.read(Path(prediction.name))
+    heat = Image.open(io.BytesIO(base64.b64decode(classifier.detail(image)["heat"])))
+    seen = Image.open(io.BytesIO(to_png_bytes(image))).convert("RGB").resize(heat.size, Image.Resampling.NEAREST)
+    both = Image.new("RGB", (2 * heat.width + GAP, heat.height), "white")
+    both.paste(seen, (0, 0))
+    both.paste(heat, (heat.width + GAP, 0))
+    with writing_whole(path) as temporary:
+        both.save(temporary, "PNG")
+
+
+def _write(path: Path, told: list[dict[str, Any]], lines: str, form: str) -> None:
+    with writing_whole(path) as temporary:
+        if form != "parquet":
+            temporary.write_text(lines, encoding="utf-8")
+            return
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        likeliest = pa.list_(pa.struct([("label", pa.string()), ("probability", pa.float64())]))
+        kinds = [pa.string(), pa.string(), pa.float64(), pa.bool_(), likeliest, pa.list_(pa.string())]
+        names = ("picture", "label", "confidence", "abstains", "top", "notes")
+        pq.write_table(pa.Table.from_pylist(told, pa.schema(list(zip(names, kinds, strict=True)))), temporary)
 
 
 def load_classifier(run: Path) -> PictureClassifier:
@@ -105,4 +168,9 @@ def _as_csv(stream: TextIO, top: int) -> Callable[[Prediction], None]:
     return tell
 
 
-_FORMS = {"table": _as_table, "jsonl": _as_json_lines, "csv": _as_csv}
+def _as_nothing(stream: TextIO, top: int) -> Callable[[Prediction], None]:
+    """For what is written as a whole at the end."""
+    return lambda prediction: None
+
+
+_FORMS = {"table": _as_table, "jsonl": _as_json_lines, "csv": _as_csv, "parquet": _as_nothing}

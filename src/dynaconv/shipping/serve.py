@@ -28,10 +28,12 @@ from starlette.formparsers import MultiPartException
 from dynaconv import __version__
 from dynaconv.errors import UserError
 from dynaconv.shipping.batching import Batcher, BusyError
-from dynaconv.shipping.prediction import PictureClassifier, Prediction, to_png_bytes
+from dynaconv.shipping.prediction import PictureClassifier, to_png_bytes
 
 LOOPBACK = ("127.0.0.1", "::1", "localhost")
 TOKEN = "DYNACONV_TOKEN"  # noqa: S105 -- the name of a variable, not a secret
+PATHS = ("/v1/predict", "/v1/model", "/v1/gallery", "/healthz", "/readyz", "/metrics", "/")
+"""Told apart in meters and log; all others are one, or strangers could fill both."""
 PAGE = {"": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
 HEADERS = {
     "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'",
@@ -95,12 +97,12 @@ def build_app(classifier: PictureClassifier, settings: ServeSettings) -> FastAPI
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
         app.state.batcher = Batcher(
-            classifier.probabilities, settings.max_batch, settings.max_wait_ms / 1e3, settings.most_waiting, on_batch
+            classifier.answer, settings.max_batch, settings.max_wait_ms / 1e3, settings.most_waiting, on_batch
         )
         meters.waiting.set_function(lambda: app.state.batcher.waiting)
         app.state.decoders = ThreadPoolExecutor(2, thread_name_prefix="decoder")
         # The first computation allocates and plans; nobody should wait for it.
-        classifier.probabilities(np.zeros((1, classifier.channels, *[classifier.image_size] * 2), dtype=np.uint8))
+        classifier.answer(np.zeros((1, classifier.channels, *[classifier.image_size] * 2), dtype=np.uint8))
         yield
         await asyncio.to_thread(app.state.batcher.close)
         app.state.decoders.shutdown()
@@ -131,6 +133,12 @@ def build_app(classifier: PictureClassifier, settings: ServeSettings) -> FastAPI
             "version": __version__,
         }
 
+    samples = classifier.gallery()
+
+    @app.get("/v1/gallery", tags=["classifier"])
+    def gallery() -> dict[str, list[dict[str, str]]]:
+        return {"samples": samples}
+
     @app.post("/v1/predict", tags=["classifier"], openapi_extra=_body(settings), responses=_problems())
     async def predict(
         request: Request, top: int = Query(5, ge=1, le=1000), detail: bool = Query(False)
@@ -160,11 +168,11 @@ async def _predict(
     except TimeoutError as error:
         raise _RefusedError(HTTPStatus.GATEWAY_TIMEOUT, f"No answer within {settings.seconds:g} seconds.") from error
     told: list[dict[str, Any]] = []
-    for (name, _), (image, notes), row in zip(pictures, read, rows.tolist(), strict=True):
-        abstains = classifier.threshold is not None and max(row) < classifier.threshold
-        found = Prediction(name, tuple(row), classifier.classes, abstains, notes).as_dict(top)
+    for (name, _), (image, notes), row in zip(pictures, read, rows, strict=True):
+        found = classifier.tell(name, notes, row).as_dict(top)
         if detail:
-            found["seen"] = base64.b64encode(to_png_bytes(image)).decode()
+            seen = base64.b64encode(to_png_bytes(image)).decode()
+            found |= {"seen": seen, **await loop.run_in_executor(app.state.decoders, classifier.detail, image)}
         told.append(found)
     return told
 
@@ -240,7 +248,7 @@ def _add_frame(app: FastAPI, settings: ServeSettings, meters: _Meters) -> None:
         else:
             response = await call(request)
         seconds = time.perf_counter() - started
-        known = path if path in ("/v1/predict", "/v1/model", "/healthz", "/readyz", "/metrics", "/") else "other"
+        known = path if path in PATHS else "other"
         meters.requests.labels(known, str(response.status_code)).inc()
         meters.seconds.observe(seconds)
         response.headers.update(HEADERS)

@@ -27,12 +27,45 @@ async function introduce() {
   }
 }
 
+function make(tag, className = "", text = "") {
+  const element = document.createElement(tag);
+  element.className = className;
+  element.textContent = text;
+  return element;
+}
+
+function image(png, words) {
+  const element = make("img");
+  element.src = `data:image/png;base64,${png}`;
+  element.alt = words;
+  return element;
+}
+
+async function openGallery() {
+  try {
+    const { samples } = await ask("v1/gallery");
+    at("gallery").hidden = samples.length === 0;
+    at("samples").replaceChildren(...samples.map(({ png, label }, place) => {
+      const button = make("button");
+      button.type = "button";
+      button.append(image(png, `Test picture ${place + 1}`)); // its class would give the answer away
+      button.addEventListener("click", () => {
+        const bytes = Uint8Array.from(atob(png), (each) => each.charCodeAt(0));
+        classify(new Blob([bytes], { type: "image/png" }), label);
+      });
+      return button;
+    }));
+  } catch {
+    at("gallery").hidden = true; // it is an extra: introduce() tells what is wrong
+  }
+}
+
 function say(text, isProblem = false) {
   at("status").textContent = text;
   at("status").classList.toggle("problem", isProblem);
 }
 
-async function classify(picture) {
+async function classify(picture, truth = null) {
   if (!picture) return;
   const number = ++latest;
   say("Looking…");
@@ -44,13 +77,48 @@ async function classify(picture) {
       headers: { "Content-Type": picture.type.startsWith("image/") ? picture.type : "application/octet-stream" },
       body: picture,
     });
-    if (number === latest) show(answer.predictions[0], picture);
+    if (number === latest) show(answer.predictions[0], picture, truth);
   } catch (error) {
     if (number === latest) say(error.message, true);
   }
 }
 
-function show(found, picture) {
+function showNearest(nearest) {
+  at("nearest").hidden = nearest.length === 0;
+  at("neighbours").replaceChildren(...nearest.map(({ label, cosine, png }) => {
+    const row = make("li");
+    row.append(image(png, ""), label, " ", make("span", "", `${Math.round(100 * cosine)}% alike`));
+    return row;
+  }));
+}
+
+function showMixture(blocks) {
+  at("mixture").hidden = blocks.length === 0;
+  const all = blocks.flatMap(({ weights }) => weights);
+  const [low, high] = [Math.min(0, ...all), Math.max(1e-9, ...all)];
+  const share = (value) => `${(100 * (value - low)) / (high - low)}%`;
+  at("weights").replaceChildren(...blocks.flatMap(({ block, kernel_sizes: sides, weights }) =>
+    weights.map((weight, k) => {
+      const row = make("tr", k === 0 ? "first" : "");
+      if (k === 0) {
+        const head = make("th", "", block);
+        head.scope = "rowgroup";
+        head.rowSpan = weights.length;
+        row.append(head);
+      }
+      const cell = make("td", "weight");
+      const scale = make("div", weight < 0 ? "scale below" : "scale");
+      const bar = make("i");
+      bar.style.setProperty("--from", share(Math.min(0, weight)));
+      bar.style.setProperty("--to", share(Math.max(0, weight)));
+      scale.append(bar, make("b", "", weight.toFixed(2)));
+      cell.append(scale);
+      row.append(make("td", "", `${sides[k]} × ${sides[k]}`), cell);
+      return row;
+    })));
+}
+
+function show(found, picture, truth) {
   say("");
   at("verdict").textContent = `${found.label}, ${percent(found.confidence)}`;
   at("abstain").hidden = !found.abstains;
@@ -61,28 +129,24 @@ function show(found, picture) {
   URL.revokeObjectURL(at("given").src);
   at("given").src = URL.createObjectURL(picture);
   at("seen").src = `data:image/png;base64,${found.seen}`;
+  at("heat-figure").hidden = !found.heat;
+  if (found.heat) at("heat").src = `data:image/png;base64,${found.heat}`;
+  at("truth").hidden = truth === null;
+  at("truth").textContent = truth === found.label ? `Right: it is ${truth}.` : `Wrong: it is ${truth}.`;
+  showNearest(found.nearest || []);
+  showMixture(found.mixture || []);
   at("seen-as").textContent = `what the network sees: ${model.image_size} × ${model.image_size} pixels`;
   at("classes").replaceChildren(...found.top.map(({ label, probability }) => {
-    const row = document.createElement("li");
-    const [name, value] = ["name", "value"].map((kind) => {
-      const part = document.createElement("span");
-      part.className = kind;
-      return part;
-    });
-    name.textContent = label;
-    value.textContent = percent(probability);
-    const bar = document.createElement("progress");
+    const row = make("li");
+    const [name, value] = [make("span", "name", label), make("span", "value", percent(probability))];
+    const bar = make("progress");
     bar.max = 1;
     bar.value = probability;
     bar.setAttribute("aria-hidden", "true");
     row.append(name, bar, value);
     return row;
   }));
-  at("notes").replaceChildren(...found.notes.map((note) => {
-    const row = document.createElement("li");
-    row.textContent = note;
-    return row;
-  }));
+  at("notes").replaceChildren(...found.notes.map((note) => make("li", "", note)));
   at("result").hidden = false;
   at("verdict").focus();
 }
@@ -101,5 +165,9 @@ for (const kind of ["dragover", "dragleave", "drop"]) {
   });
 }
 document.addEventListener("paste", (event) => classify(event.clipboardData.files[0]));
-at("token").addEventListener("change", introduce);
+at("token").addEventListener("change", () => {
+  introduce();
+  openGallery();
+});
 introduce();
+openGallery();
