@@ -28,6 +28,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+from record import measured_commit, write_result
+
 SOURCE = Path(__file__).parent / "faults.c"
 COUNT, KILL, FULL = 0, 1, 2
 TRIALS, SEED = 200, 0
@@ -48,14 +50,12 @@ def main() -> None:
         else:
             with tempfile.TemporaryDirectory() as folder:
                 trials = Trials(Path(folder), ctypes.CDLL(str(library)))
-                found = kinds[name](trials)
+                found = {"commit": measured_commit(), **kinds[name](trials)}
                 (RESULTS / f"{name}.json").write_text(json.dumps(found, indent=2) + "\n")
                 print(name, found, flush=True)
 
 
 def summarise(kinds: list[str]) -> None:
-    from record import write_result
-
     found = {name: json.loads((RESULTS / f"{name}.json").read_text()) for name in kinds}
     print(write_result("kills", found, [SEED]))
 
