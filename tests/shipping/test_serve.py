@@ -63,6 +63,33 @@ def client():
 PNG = {"Content-Type": "image/png"}
 
 
+@pytest.mark.parametrize("query", ["top=0", "top=x", "top=1001", "detail=perhaps"])
+def test_a_wrong_query_is_a_problem_as_well(client, query):
+    answer = client.post(f"/v1/predict?{query}", content=picture(0), headers=PNG)
+    assert (answer.status_code, answer.headers["content-type"]) == (422, "application/problem+json")
+    assert answer.json()["detail"].startswith(f"query.{query.partition('=')[0]}: Input should be")
+
+
+def test_a_full_house_refuses_before_it_reads():
+    slow = Brightness(seconds=0.3)
+    with TestClient(build_app(slow, ServeSettings(most_waiting=1, max_wait_ms=0))) as opened:
+        answers = []
+        first = threading.Thread(
+            target=lambda: answers.append(opened.post("/v1/predict", content=picture(0), headers=PNG))
+        )
+        first.start()
+        time.sleep(0.1)
+        started = time.perf_counter()
+        refused = opened.post("/v1/predict", content=b"no picture at all", headers=PNG)
+        seconds = time.perf_counter() - started
+        assert opened.get("/healthz").status_code == 200
+        first.join()
+    assert refused.status_code == 503  # not 422: nobody looked at the body
+    assert refused.headers["retry-after"] == "1"
+    assert seconds < 0.15
+    assert answers[0].status_code == 200
+
+
 def test_what_the_page_shows_more(client):
     plain = client.post("/v1/predict", content=picture(0), headers=PNG).json()["predictions"][0]
     assert not {"seen", "heat"} & set(plain)

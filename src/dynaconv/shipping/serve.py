@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 import time
-from collections.abc import AsyncGenerator, Awaitable, Callable
+from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from http import HTTPStatus
@@ -19,11 +19,13 @@ from typing import Any
 
 import numpy as np
 from fastapi import FastAPI, Query, Request, Response
+from fastapi.exceptions import RequestValidationError
 from fastapi.responses import JSONResponse
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, generate_latest
-from starlette.datastructures import UploadFile
+from starlette.datastructures import Headers, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dynaconv import __version__
 from dynaconv.errors import UserError
@@ -35,11 +37,11 @@ TOKEN = "DYNACONV_TOKEN"  # noqa: S105 -- the name of a variable, not a secret
 PATHS = ("/v1/predict", "/v1/model", "/v1/gallery", "/healthz", "/readyz", "/metrics", "/")
 """Told apart in meters and log; all others are one, or strangers could fill both."""
 PAGE = {"": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
-HEADERS = {
-    "Content-Security-Policy": "default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-}
+HEADERS = [
+    (b"content-security-policy", b"default-src 'self'; img-src 'self' data: blob:; frame-ancestors 'none'"),
+    (b"x-content-type-options", b"nosniff"),
+    (b"referrer-policy", b"no-referrer"),
+]
 
 
 @dataclass(frozen=True)
@@ -108,7 +110,8 @@ def build_app(classifier: PictureClassifier, settings: ServeSettings) -> FastAPI
         app.state.decoders.shutdown()
 
     app = FastAPI(title="dynaconv", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
-    _add_frame(app, settings, meters)
+    app.add_middleware(_Frame, settings=settings, meters=meters)
+    _add_problems(app)
     _add_page(app)
 
     @app.get("/healthz", tags=["operation"])
@@ -164,7 +167,7 @@ async def _predict(
     except UserError as error:
         raise _RefusedError(HTTPStatus.UNPROCESSABLE_ENTITY, str(error)) from error
     except BusyError as error:
-        raise _RefusedError(HTTPStatus.SERVICE_UNAVAILABLE, "Too many pictures wait.", {"Retry-After": "1"}) from error
+        raise _too_many() from error
     except TimeoutError as error:
         raise _RefusedError(HTTPStatus.GATEWAY_TIMEOUT, f"No answer within {settings.seconds:g} seconds.") from error
     told: list[dict[str, Any]] = []
@@ -233,40 +236,82 @@ async def _from_form(request: Request, settings: ServeSettings) -> list[tuple[st
         raise _RefusedError(HTTPStatus.BAD_REQUEST, f"The form cannot be read: {detail}") from error
 
 
-def _add_frame(app: FastAPI, settings: ServeSettings, meters: _Meters) -> None:
-    """Adds what every request goes through: token, headers, meters, a line in the log, problems as JSON."""
-    log = logging.getLogger("dynaconv.serve")
+class _Frame:
+    """What every request goes through: token, a full house, headers, meters, a line in the log.
 
-    @app.middleware("http")
-    async def frame(request: Request, call: Callable[[Request], Awaitable[Response]]) -> Response:
+    Plain ASGI: a middleware of functions costs as much as all the rest of a request.
+    """
+
+    def __init__(self, app: ASGIApp, settings: ServeSettings, meters: _Meters) -> None:
+        self._app, self._settings, self._meters = app, settings, meters
+        self._log = logging.getLogger("dynaconv.serve")
+        self._open = 0
+        """Requests for predictions that are not answered yet."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        if scope["type"] != "http":
+            return await self._app(scope, receive, send)
         started = time.perf_counter()
-        path = request.url.path
-        if settings.token is not None and path.startswith("/v1/") and not _bears(request, settings.token):
-            response = _problem(
-                _RefusedError(HTTPStatus.UNAUTHORIZED, "A token is missing or wrong.", {"WWW-Authenticate": "Bearer"})
-            )
-        else:
-            response = await call(request)
-        seconds = time.perf_counter() - started
-        known = path if path in PATHS else "other"
-        meters.requests.labels(known, str(response.status_code)).inc()
-        meters.seconds.observe(seconds)
-        response.headers.update(HEADERS)
-        line = {"method": request.method, "path": known, "status": response.status_code, "ms": round(1e3 * seconds, 2)}
-        log.info(json.dumps(line))
-        return response
+        path = scope["path"] if scope["path"] in PATHS else "other"
+        status = 500  # if nothing is sent
+
+        async def send_framed(message: Message) -> None:
+            nonlocal status
+            if message["type"] == "http.response.start":
+                status = message["status"]
+                message["headers"] = [*message.get("headers", ()), *HEADERS]
+            await send(message)
+
+        app = self._refuse(scope) or self._app
+        counts = path == "/v1/predict"
+        self._open += counts
+        try:
+            await app(scope, receive, send_framed)
+        finally:
+            self._open -= counts
+            seconds = time.perf_counter() - started
+            self._meters.requests.labels(path, str(status)).inc()
+            self._meters.seconds.observe(seconds)
+            line = {"method": scope["method"], "path": path, "status": status, "ms": round(1e3 * seconds, 2)}
+            self._log.info(json.dumps(line))
+
+    def _refuse(self, scope: Scope) -> Response | None:
+        """Returns the answer to a request that is not even read."""
+        if not scope["path"].startswith("/v1/"):
+            return None
+        if self._settings.token is not None and not _bears(Headers(scope=scope), self._settings.token):
+            told = {"WWW-Authenticate": "Bearer"}
+            return _problem(_RefusedError(HTTPStatus.UNAUTHORIZED, "A token is missing or wrong.", told))
+        # Each holds a picture at least: reading and decoding what cannot be computed would slow down what can.
+        if scope["path"] == "/v1/predict" and self._open >= self._settings.most_waiting:
+            return _problem(_too_many())
+        return None
+
+
+def _too_many() -> _RefusedError:
+    return _RefusedError(HTTPStatus.SERVICE_UNAVAILABLE, "Too many pictures wait.", {"Retry-After": "1"})
+
+
+def _add_problems(app: FastAPI) -> None:
+    """Tells all refusals as problem+json."""
 
     @app.exception_handler(_RefusedError)
     async def refused(request: Request, error: _RefusedError) -> Response:  # pyright: ignore[reportUnusedFunction]
         return _problem(error)
+
+    @app.exception_handler(RequestValidationError)
+    async def invalid(request: Request, error: RequestValidationError) -> Response:  # pyright: ignore[reportUnusedFunction]
+        found = error.errors()[0]
+        told = f"{'.'.join(str(part) for part in found['loc'])}: {found['msg']}."
+        return _problem(_RefusedError(HTTPStatus.UNPROCESSABLE_ENTITY, told))
 
     @app.exception_handler(HTTPException)
     async def other(request: Request, error: HTTPException) -> Response:  # pyright: ignore[reportUnusedFunction]
         return _problem(_RefusedError(HTTPStatus(error.status_code), str(error.detail), dict(error.headers or {})))
 
 
-def _bears(request: Request, token: str) -> bool:
-    kind, _, given = request.headers.get("authorization", "").partition(" ")
+def _bears(headers: Headers, token: str) -> bool:
+    kind, _, given = headers.get("authorization", "").partition(" ")
     return kind.lower() == "bearer" and hmac.compare_digest(given.strip().encode(), token.encode())
 
 
