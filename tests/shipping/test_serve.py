@@ -1,5 +1,6 @@
 """The server: every form of a request, every refusal, batching, and an end that answers what it accepted."""
 
+import asyncio
 import base64
 import io
 import json
@@ -88,6 +89,25 @@ def test_a_full_house_refuses_before_it_reads():
     assert refused.headers["retry-after"] == "1"
     assert seconds < 0.15
     assert answers[0].status_code == 200
+
+
+def test_who_goes_away_leaves_no_trace(client, caplog):
+    messages = iter([{"type": "http.request", "body": b"half", "more_body": True}, {"type": "http.disconnect"}])
+    sent = []
+
+    async def receive():
+        return next(messages)
+
+    async def send(message):
+        sent.append(message)
+
+    headers = [(b"content-type", b"image/png"), (b"content-length", b"100")]
+    scope = {"type": "http", "method": "POST", "path": "/v1/predict", "query_string": b"", "headers": headers}
+    with caplog.at_level("INFO", logger="dynaconv.serve"):
+        asyncio.run(client.app(scope, receive, send))
+    assert sent[0]["status"] == 400
+    (line,) = caplog.messages
+    assert json.loads(line)["status"] == 400
 
 
 def test_what_the_page_shows_more(client):

@@ -10,6 +10,7 @@ import logging
 import os
 import sys
 import time
+import warnings
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
@@ -25,6 +26,7 @@ from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, gene
 from starlette.datastructures import Headers, UploadFile
 from starlette.exceptions import HTTPException
 from starlette.formparsers import MultiPartException
+from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dynaconv import __version__
@@ -204,10 +206,13 @@ async def _pictures(request: Request, settings: ServeSettings) -> list[tuple[str
 async def _read(request: Request, most: int) -> bytes:
     """Reads the body, never more than `most` bytes of it."""
     read = bytearray()
-    async for part in request.stream():
-        read += part
-        if len(read) > most:
-            raise _RefusedError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"At most {most} bytes are taken.")
+    try:
+        async for part in request.stream():
+            read += part
+            if len(read) > most:
+                raise _RefusedError(HTTPStatus.REQUEST_ENTITY_TOO_LARGE, f"At most {most} bytes are taken.")
+    except ClientDisconnect:  # nobody will read this, but meters and log count it
+        raise _RefusedError(HTTPStatus.BAD_REQUEST, "The request ended before its body.") from None
     return bytes(read)
 
 
@@ -373,6 +378,7 @@ def serve(classifier: PictureClassifier, host: str, port: int, settings: ServeSe
     settings = replace(settings, token=token)
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
     logging.getLogger("uvicorn.access").disabled = True
+    warnings.filterwarnings("ignore", module="PIL")  # what is odd inside a stranger's picture is nobody's business
     uvicorn.run(
         build_app(classifier, settings),
         host=host,
