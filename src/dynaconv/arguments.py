@@ -261,6 +261,28 @@ def parse_verify(words: list[str]) -> Any:
     )
 
 
+def parse_publish(words: list[str]) -> Any:
+    """Parses RUN --into DIR [--license ID] [--overwrite] [--push OWNER/NAME] [--public].
+
+    Returns an object with these attributes and the run as `run`; errors as `parse_training`.
+    """
+    words = take_folders(words, "publish", "dynaconv publish runs/first --into my-model", ["run"])
+    options = parse_options(
+        words,
+        "publish RUN",
+        "Writes a run's classifier as a folder for others, in the layout of the Hugging Face hub.",
+        folder("run", "Folder of a finished run."),
+        option(Path | None, "into", "The folder, which is made."),
+        option(str | None, "license", "Identifier of the licence that you give it, as the hub knows it: mit, cc0-1.0."),
+        option(bool, "overwrite", "Replace what this verb wrote into the folder before.", False),
+        option(str | None, "push", "OWNER/NAME on the hub to upload it to as well; HF_TOKEN says who you are."),
+        option(bool, "public", "Let everybody see what is uploaded; without it, only its owner.", False),
+    )
+    if options.into is None:
+        raise UserError("`dynaconv publish` needs a folder to write: dynaconv publish runs/first --into my-model.")
+    return options
+
+
 def parse_predict(words: list[str]) -> tuple[list[str], Any]:
     """Parses RUN PICTURE [PICTURE ...] [--top N] [--form F] [--into FILE] [--explain DIR].
 

@@ -40,6 +40,8 @@ verbs:
              write the classifier as one file, with a certificate of what it computes and costs
   serve RUN|FILE.onnx [--host H] [--port P]
              answer over HTTP, requests batched together, with a page to drop pictures on
+  publish RUN --into DIR [--license mit] [--push OWNER/NAME] [--public]
+             write the classifier as a folder for others, with a model card; upload it only if asked to
   verify FILE.onnx [--data SOURCE] [--split test]
              repeat the proof of that file on this machine, without torch
   recipes    the named recipes, with what each costs and reaches
@@ -215,6 +217,23 @@ def verify(words: "list[str]", people: "TextIO", started: float) -> "dict[str, A
     return verify_file(options.file, options.data, options.split, lambda line: print(line, file=people))
 
 
+def publish(words: "list[str]", people: "TextIO", started: float) -> "dict[str, Any]":
+    """The verb `publish`."""
+    from dynaconv.arguments import parse_publish
+
+    options = parse_publish(words)
+    from dynaconv.shipping.publish import publish_run, push_folder, require_pushable
+
+    def say(line: str) -> None:
+        print(line, file=people)
+
+    if options.push is not None:
+        require_pushable(options.push)
+    written = publish_run(options.run, options.into, options.license, options.overwrite, say)
+    address = push_folder(options.into, options.push, options.public, say) if options.push is not None else None
+    return {"into": str(options.into), "files": written, "address": address}
+
+
 def serve(words: "list[str]", people: "TextIO", started: float) -> "dict[str, Any]":
     """The verb `serve`."""
     from dynaconv.arguments import parse_serve
@@ -302,6 +321,7 @@ VERBS: "dict[str, Callable[[list[str], TextIO, float], Any]]" = {
     "export": export,
     "verify": verify,
     "serve": serve,
+    "publish": publish,
     "recipes": recipes,
 }
 """Every verb by name: a function of the words after it, the stream for people, and the time of the start."""

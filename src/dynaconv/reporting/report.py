@@ -41,6 +41,33 @@ def write_report(paths: Sequence[Path], into: Path | None = None) -> list[Path]:
     """
     runs = [_read(path) for path in paths]
     page = into or paths[0] / "report.html"
+    facts = {"run": runs[0], "runs": runs, "comparisons": _compare(paths), "version": __version__}
+    written: list[Path] = []
+    for name, path in (("report.html", page), ("model-card.md", page.with_name("model-card.md"))):
+        text = _templates().get_template(name).render(facts)
+        with writing_whole(path) as temporary:
+            temporary.write_text(text, encoding="utf-8")
+        written.append(path)
+    return written
+
+
+def render_card(path: Path, source: str) -> str:
+    """Returns the model card of a run as Markdown that names no folder of this machine.
+
+    Args:
+        path: The run's folder.
+        source: What to call its images.
+
+    Raises:
+        UserError: as `write_report`.
+    """
+    run = _read(path)
+    run["result"]["source"] = source
+    run["again"] = "dynaconv train recipe.json"
+    return _templates().get_template("model-card.md").render(run=run)
+
+
+def _templates() -> jinja2.Environment:
     environment = jinja2.Environment(
         loader=jinja2.PackageLoader("dynaconv.reporting", "templates"),
         autoescape=jinja2.select_autoescape(["html"]),
@@ -49,14 +76,7 @@ def write_report(paths: Sequence[Path], into: Path | None = None) -> list[Path]:
         undefined=jinja2.StrictUndefined,
     )
     environment.filters.update(percent=_percent, duration=_duration, span=_span)
-    facts = {"run": runs[0], "runs": runs, "comparisons": _compare(paths), "version": __version__}
-    written: list[Path] = []
-    for name, path in (("report.html", page), ("model-card.md", page.with_name("model-card.md"))):
-        text = environment.get_template(name).render(facts)
-        with writing_whole(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-        written.append(path)
-    return written
+    return environment
 
 
 def _read(path: Path) -> dict[str, Any]:

@@ -1,0 +1,186 @@
+"""Publication: a classifier as a folder for others, in the layout of the Hugging Face hub, and its way there."""
+
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from dynaconv.errors import UserError, WorkError
+from dynaconv.judging.trained import load_trained, require_finished
+from dynaconv.reporting.report import render_card
+from dynaconv.rundir import CALIBRATION, FAMILIARITY, RESULT, WEIGHTS, RunDir
+
+TOKEN, ENDPOINT = "HF_TOKEN", "HF_ENDPOINT"
+HUB = "https://huggingface.co"
+CARD = "README.md"
+AS_THEY_ARE = (WEIGHTS, FAMILIARITY, CALIBRATION, "model.json")
+NAMING_THE_SOURCE = ("recipe.json", RESULT)
+"""Where the images came from stands in these; a folder of this machine is nobody's business."""
+_NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+
+
+def publish_run(
+    run: Path, into: Path, license_id: str | None, overwrite: bool, say: Callable[[str], None] = print
+) -> list[str]:
+    """Writes the classifier of a finished run as a folder: weights, settings, model card, and exports if there are any.
+
+    `Classifier.load` takes the folder as it takes a run. It holds no image but the card's figures, no name of a folder,
+    a user or a machine, and nothing of how far other trainings got.
+
+    Args:
+        run: Folder of the run.
+        into: The folder, made as a whole or not at all.
+        license_id: Identifier of a licence for the card; None names none.
+        overwrite: Replace the folder, if `publish_run` wrote it.
+        say: Shows a line to the user.
+
+    Returns:
+        The names of the files, sorted.
+
+    Raises:
+        UserError: no finished run, or a folder that holds something else or cannot be made.
+    """
+    require_finished(run)
+    trained = load_trained(run, _cpu())
+    _require_room(into, overwrite)
+    source = _without_folder(trained.recipe.data.source)
+    try:
+        into.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=into.parent, prefix=f".{into.name}.") as folder:
+            draft = Path(folder) / into.name
+            draft.mkdir()
+            _copy(run, draft)
+            card = render_card(run, source)
+            (draft / CARD).write_text(_front_matter(trained.run, source, license_id) + card, encoding="utf-8")
+            if into.exists():
+                shutil.rmtree(into)
+            draft.replace(into)
+    except OSError as error:
+        raise UserError(f"The folder {into} cannot be written: {error.strerror or error}.") from error
+    written = sorted(str(path.relative_to(into)) for path in into.rglob("*") if path.is_file())
+    say(f"{into}: {', '.join(written)}")
+    return written
+
+
+def require_pushable(name: str) -> None:
+    """Raises UserError if something is missing for an upload, before anything is done."""
+    if not _NAME.fullmatch(name) or ".." in name:
+        raise UserError(f"--push takes OWNER/NAME, received {name!r}.")
+    if not os.environ.get(TOKEN):
+        raise UserError(f"Set {TOKEN} to a token of the hub that may write; it says who uploads {name}.")
+    _hub()
+
+
+def push_folder(folder: Path, name: str, public: bool, say: Callable[[str], None] = print) -> str:
+    """Uploads a published folder to the hub, in one commit, making the repository where there is none.
+
+    Args:
+        folder: What `publish_run` wrote.
+        name: OWNER/NAME.
+        public: Whether a repository that is made can be seen by everybody; one that is there stays as it is.
+        say: Shows a line to the user.
+
+    Returns:
+        Its address.
+
+    Raises:
+        UserError: no token, a wrong name, or no huggingface_hub.
+        WorkError: the hub refused, or could not be reached; nothing was changed there but an empty repository made.
+    """
+    require_pushable(name)
+    hub = _hub()
+    endpoint = os.environ.get(ENDPOINT, HUB).rstrip("/")
+    size = sum(path.stat().st_size for path in folder.rglob("*") if path.is_file())
+    say(f"Uploading {size / 1e6:.1f} MB to {endpoint}/{name}, {'for everybody' if public else 'private'}.")
+    api = hub.HfApi(endpoint=endpoint, token=os.environ[TOKEN])
+    try:
+        api.create_repo(name, private=not public, exist_ok=True)
+        api.upload_folder(repo_id=name, folder_path=folder, commit_message="Publish a classifier")
+    except hub.errors.HfHubHTTPError as error:
+        status = error.response.status_code if error.response is not None else "no status"
+        told = error.server_message or str(error).splitlines()[0]
+        raise WorkError(f"{endpoint} refused {name} ({status}): {told.rstrip('.')}.") from error
+    except (OSError, RuntimeError, hub.errors.HTTPError) as error:  # RuntimeError: a large file did not get through
+        raise WorkError(f"{endpoint} could not be reached: {error}.") from error
+    return f"{endpoint}/{name}"
+
+
+def _require_room(into: Path, overwrite: bool) -> None:
+    if not into.exists():
+        return
+    is_own = into.is_dir() and (into / CARD).is_file() and (into / WEIGHTS).is_file()
+    if not into.is_dir() or (any(into.iterdir()) and not (overwrite and is_own)):
+        remedy = "say --overwrite to replace it" if is_own else "name another with --into"
+        raise UserError(f"{into} holds something; {remedy}.")
+
+
+def _copy(run: Path, draft: Path) -> None:
+    for name in AS_THEY_ARE:
+        if (run / name).exists():
+            shutil.copyfile(run / name, draft / name)
+    for name in NAMING_THE_SOURCE:
+        document = RunDir(run).read_json(name)
+        (draft / name).write_text(json.dumps(_cleaned(document), indent=2) + "\n", encoding="utf-8")
+    for path in sorted(run.glob("*.onnx")):
+        certificate = path.with_name(f"{path.name}.certificate.json")
+        if certificate.exists():  # without the proof, it is not for others
+            shutil.copyfile(path, draft / path.name)
+            document = _cleaned(RunDir(run).read_json(certificate.name))
+            (draft / certificate.name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
+    figures = [run / "figures" / f"{name}.png" for name in ("curves", "grid")]
+    for path in figures:
+        if path.exists():
+            (draft / "figures").mkdir(exist_ok=True)
+            shutil.copyfile(path, draft / "figures" / path.name)
+
+
+def _cleaned(document: Any) -> Any:
+    """Takes the folders off the paths in a JSON document."""
+    if isinstance(document, dict):
+        return {name: _cleaned(value) for name, value in document.items()}
+    if isinstance(document, list):
+        return [_cleaned(value) for value in document]
+    return _without_folder(document) if isinstance(document, str) else document
+
+
+def _without_folder(text: str) -> str:
+    looks_like_path = text.startswith(("/", "~", "./", "../", "\\")) or re.match(r"[A-Za-z]:[\\/]", text)
+    return re.split(r"[\\/]", text.rstrip("\\/"))[-1] if looks_like_path else text
+
+
+def _front_matter(run: RunDir, source: str, license_id: str | None) -> str:
+    """Returns what the hub reads of a card: YAML, of which JSON is a part."""
+    top1 = run.read_json("evaluation-test.json")["top1"]
+    metric = {"type": "accuracy", "value": top1["value"], "name": f"accuracy on {top1['images']} images, one view"}
+    result = {
+        "task": {"type": "image-classification"},
+        "dataset": {"name": source, "type": source.removeprefix("hf:"), "split": "test"},
+        "metrics": [metric],
+    }
+    facts: dict[str, Any] = {
+        "library_name": "dynaconv",
+        "pipeline_tag": "image-classification",
+        "tags": ["dynaconv", "dynamic-convolution"],
+        "model-index": [{"name": f"dynaconv {run.read_recipe().name}", "results": [result]}],
+    }
+    if license_id is not None:
+        facts = {"license": license_id, **facts}
+    return "---\n" + "".join(f"{name}: {json.dumps(value)}\n" for name, value in facts.items()) + "---\n\n"
+
+
+def _cpu() -> Any:
+    import torch
+
+    return torch.device("cpu")
+
+
+def _hub() -> Any:
+    try:
+        import huggingface_hub
+    except ImportError as error:
+        raise UserError("--push needs huggingface_hub; install it: pip install dynaconv[hub].") from error
+    return huggingface_hub
