@@ -63,7 +63,8 @@ def main() -> None:
         print("recovery", found["recovery_seconds"], flush=True)
     found["end"] = end_in_the_middle(model, requests)
     print("end", found["end"], flush=True)
-    print(write_result("serving", {"model": "onnx" if model.suffix == ".onnx" else "run", **found}, [0]))
+    name = "serving" if model.suffix == ".onnx" else "serving-torch"
+    print(write_result(name, {"model": "onnx" if model.suffix == ".onnx" else "run", **found}, [0]))
 
 
 @dataclass

@@ -13,7 +13,8 @@ KNOWN_SETTINGS_START = "--data, --run-dir, --seeds, --check-resume, --check-repe
         (
             ["trian"],
             "Unknown verb 'trian'. Did you mean 'train'? "
-            "Known: train, check, labels, resume, evaluate, compare, report, predict, export, verify, serve, recipes.",
+            "Known: train, check, labels, resume, evaluate, compare, report, predict, export, verify, serve, publish, "
+            "recipes.",
         ),
         (["resume"], "`dynaconv resume` needs the folder of a run: dynaconv resume runs/first."),
         (["resume", "a", "b"], "`dynaconv resume` takes the folder of a run and nothing else, received 'b'."),
