@@ -116,3 +116,26 @@ def test_the_readmes_way_from_training_to_use_works_when_pasted(tmp_path, monkey
     capsys.readouterr()
     exec(python, {})  # noqa: S102 -- the README's own lines
     assert capsys.readouterr().out.strip() == "0"
+
+
+def test_figures_of_what_the_server_stands_and_of_strange_pictures_are_those_of_their_results():
+    page = (ROOT / "docs" / "serve.md").read_text()
+    for name in ("serving", "serving-torch"):
+        found = json.loads((RESULTS / f"{name}.json").read_text())["metrics"]
+        assert f"| {found['batched']['answers_per_second']:.0f} |" in page
+        assert f"{found['at_80_percent']['milliseconds']['200']['p99']:.0f} ms |" in page
+        assert all(set(part["statuses"]) == {"200"} for part in found["long"]["parts"])
+        assert "before, not answered" not in found["end"]["asked"]
+    page = (ROOT / "docs" / "predict.md").read_text()
+    for name, told in json.loads((RESULTS / "familiar.json").read_text())["metrics"].items():
+        assert f"| {name} | {told['share']:.1%} |" in page
+
+
+def test_the_promises_quote_what_was_tried():
+    page = (ROOT / "docs" / "promises.md").read_text()
+    kills = json.loads((RESULTS / "kills.json").read_text())["metrics"]
+    assert sum(kind["tried"] for kind in kills.values()) == sum(kind["same"] for kind in kills.values()) == 948
+    assert "all 948 went on to the same bits" in page
+    fuzz = json.loads((RESULTS / "fuzz.json").read_text())["metrics"]
+    assert f"Of {fuzz['cases']:,} mutated files" in page
+    assert all(not subject["failed"] for subject in fuzz["subjects"].values())

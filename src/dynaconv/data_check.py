@@ -96,7 +96,8 @@ def _look_at_files(source: str, options: SourceOptions) -> dict[str, dict[str, i
 
 
 def _bad_files(notices: list[str]) -> list[Finding]:
-    left_out = [notice for notice in notices if notice.startswith("Left out") or "left out of class" in notice]
+    once = dict.fromkeys(notices)  # each split tells of the folder that both come from
+    left_out = [notice for notice in once if notice.startswith("Left out") or "left out of class" in notice]
     remedy = "Repair or remove them; `train` stops at a picture that cannot be read unless --on-bad-file skip is said."
     return [
         Finding("unreadable" if notice.startswith("Left out") else "no_pictures", notice.rstrip("."), 1, True, remedy)
