@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from fastapi.testclient import TestClient
 from PIL import Image
 from safetensors.torch import load_file, save_file
 
@@ -23,6 +24,7 @@ from dynaconv.shipping import export as module
 from dynaconv.shipping.classifier import Classifier, load_classifier
 from dynaconv.shipping.export import ExportOptions, export_run
 from dynaconv.shipping.portable import FACTS, PortableClassifier
+from dynaconv.shipping.serve import ServeSettings, build_app
 from dynaconv.shipping.verify import digest, read_pixels, verify_file
 
 SMALL = with_settings(
@@ -39,6 +41,9 @@ SMALL = with_settings(
     channels=3,
     validation_fraction=0.2,
 )
+
+
+BYTES = {"Content-Type": "application/octet-stream"}
 
 
 def quiet(line):
@@ -116,6 +121,12 @@ def test_every_kind_of_picture_gets_the_same_probabilities_in_every_way(run, exp
     by_onnx = [each.probabilities for each in portable.predict_all(paths)]
     assert np.abs(np.array(by_torch) - np.array(by_onnx)).max() < 1e-5
     assert np.std(np.array(by_torch), axis=0).max() > 1e-3  # the pictures differ, and so do their probabilities
+    for classifier in (Classifier.load(run), portable):
+        with TestClient(build_app(classifier, ServeSettings())) as client:
+            answers = [client.post("/v1/predict?top=10", content=each, headers=BYTES).json() for each in kinds.values()]
+        tops = [{one["label"]: one["probability"] for one in each["predictions"][0]["top"]} for each in answers]
+        by_http = [[top[name] for name in classifier.classes] for top in tops]
+        assert np.abs(np.array(by_torch) - np.array(by_http)).max() < 1e-5
     told = []
     for model in (run, exported[0]):
         assert main(["predict", str(model), *map(str, paths), "--top", "10", "--form", "jsonl"]) == 0

@@ -115,6 +115,7 @@ def build_app(classifier: PictureClassifier, settings: ServeSettings) -> FastAPI
     app.add_middleware(_Frame, settings=settings, meters=meters)
     _add_problems(app)
     _add_page(app)
+    _add_facts(app, classifier)
 
     @app.get("/healthz", tags=["operation"])
     def healthz() -> dict[str, str]:
@@ -128,8 +129,20 @@ def build_app(classifier: PictureClassifier, settings: ServeSettings) -> FastAPI
     def metrics() -> Response:
         return Response(generate_latest(meters.registry), media_type="text/plain; version=0.0.4")
 
+    @app.post("/v1/predict", tags=["classifier"], openapi_extra=_body(settings), responses=_problems())
+    async def predict(
+        request: Request, top: int = Query(5, ge=1, le=1000), detail: bool = Query(False)
+    ) -> dict[str, Any]:
+        return {"predictions": await _predict(request, app, classifier, settings, top, detail)}
+
+    return app
+
+
+def _add_facts(app: FastAPI, classifier: PictureClassifier) -> None:
+    samples = classifier.gallery()
+
     @app.get("/v1/model", tags=["classifier"])
-    def model() -> dict[str, Any]:
+    def model() -> dict[str, Any]:  # pyright: ignore[reportUnusedFunction]
         return {
             "classes": list(classifier.classes),
             "image_size": classifier.image_size,
@@ -138,19 +151,9 @@ def build_app(classifier: PictureClassifier, settings: ServeSettings) -> FastAPI
             "version": __version__,
         }
 
-    samples = classifier.gallery()
-
     @app.get("/v1/gallery", tags=["classifier"])
-    def gallery() -> dict[str, list[dict[str, str]]]:
+    def gallery() -> dict[str, list[dict[str, str]]]:  # pyright: ignore[reportUnusedFunction]
         return {"samples": samples}
-
-    @app.post("/v1/predict", tags=["classifier"], openapi_extra=_body(settings), responses=_problems())
-    async def predict(
-        request: Request, top: int = Query(5, ge=1, le=1000), detail: bool = Query(False)
-    ) -> dict[str, Any]:
-        return {"predictions": await _predict(request, app, classifier, settings, top, detail)}
-
-    return app
 
 
 async def _predict(
@@ -305,7 +308,7 @@ def _add_problems(app: FastAPI) -> None:
         return _problem(error)
 
     @app.exception_handler(RequestValidationError)
-    async def invalid(request: Request, error: RequestValidationError) -> Response:  # pyright: ignore[reportUnusedFunction]
+    async def invalid(request: Request, error: RequestValidationError) -> Response:  # pyright: ignore
         found = error.errors()[0]
         told = f"{'.'.join(str(part) for part in found['loc'])}: {found['msg']}."
         return _problem(_RefusedError(HTTPStatus.UNPROCESSABLE_ENTITY, told))
