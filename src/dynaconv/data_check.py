@@ -46,8 +46,8 @@ def check_source(source: str, into: Path | None = None, say: Callable[[str], Non
     notices: list[str] = []
     options = SourceOptions(on_bad_file="skip", notify=notices.append)
     source = resolve(source, options)
-    files = _look_at_files(source, options)
     train = load_images(source, "train", options)
+    files = _look_at_files(source, options)  # after what refuses a source: it may be a folder of a million files
     test = load_images(source, "test", SourceOptions(on_bad_file="skip"))  # its own, or those that `train` holds out
     found = [*_bad_files(notices), *_odd_files(files), *check_images(train, test)]
     acts = [finding for finding in found if finding.act]

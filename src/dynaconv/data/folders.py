@@ -90,7 +90,9 @@ def _walk(class_folder: Path, notify: Notify) -> list[Path]:
     real = class_folder.resolve()
     seen = {real, *real.parents}
     pictures: list[Path] = []
-    others, first_other = 0, ("", "")
+    others = 0
+    first_other: tuple[str, str] | None = None
+    suffixes = tuple(PICTURE_SUFFIXES)
 
     def fail(error: OSError) -> None:
         raise _unreadable(Path(error.filename or class_folder), error) from error
@@ -100,14 +102,20 @@ def _walk(class_folder: Path, notify: Notify) -> list[Path]:
         fresh = [name for name in folders if not _is_clutter(name) and (here / name).resolve() not in seen]
         seen.update((here / name).resolve() for name in fresh)
         folders[:] = fresh
-        for name in names:  # a Path of each would make a folder of a million files take a quarter of a minute
-            if name[name.rfind(".") :].lower() in PICTURE_SUFFIXES:
-                if not _is_clutter(name):
-                    pictures.append(here / name)
-            elif not _is_clutter(name):
-                first_other = min(first_other, (place, name)) if others else (place, name)
-                others += 1
-    if others:
+        # Few steps for each: a folder may hold a million files that are no pictures.
+        strangers: list[str] = []
+        for name in names:
+            lower = name.lower()
+            if lower.startswith(".") or lower in _CLUTTER:
+                continue
+            if lower.endswith(suffixes):
+                pictures.append(here / name)
+            else:
+                strangers.append(name)
+        if strangers:
+            others += len(strangers)
+            first_other = min(first_other or (place, min(strangers)), (place, min(strangers)))
+    if first_other is not None:
         count = f"{others} file{'s are' if others > 1 else ' is'}"
         notify(f"{count} left out of class {class_folder.name}, no picture by name: {first_other[1]}.")
     return sorted(pictures)
