@@ -115,6 +115,17 @@ def test_nothing_of_others_is_replaced(run, tmp_path, capsys):
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 
+def test_the_run_itself_is_never_replaced(run, tmp_path):
+    path = tmp_path / "run"
+    shutil.copytree(run, path)
+    (path / "README.md").touch()  # so that it looks like something that was published
+    before = sorted(each.name for each in path.iterdir())
+    for into in (path, tmp_path):
+        with pytest.raises(UserError, match="is or holds the run itself"):
+            publish_run(path, into, None, True, quiet)
+    assert sorted(each.name for each in path.iterdir()) == before
+
+
 def test_an_unfinished_run_is_not_published(run, tmp_path):
     shutil.copytree(run, tmp_path / "run")
     (tmp_path / "run" / "result.json").unlink()

@@ -9,6 +9,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from dynaconv.errors import UserError, WorkError
 from dynaconv.judging.trained import load_trained, require_finished
 from dynaconv.reporting.report import render_card
@@ -45,7 +47,9 @@ def publish_run(
         UserError: no finished run, or a folder that holds something else or cannot be made.
     """
     require_finished(run)
-    trained = load_trained(run, _cpu())
+    trained = load_trained(run, torch.device("cpu"))
+    if run.resolve().is_relative_to(into.resolve()):
+        raise UserError(f"{into} is or holds the run itself; name another folder with --into.")
     _require_room(into, overwrite)
     source = _without_folder(trained.recipe.data.source)
     try:
@@ -170,12 +174,6 @@ def _front_matter(run: RunDir, source: str, license_id: str | None) -> str:
     if license_id is not None:
         facts = {"license": license_id, **facts}
     return "---\n" + "".join(f"{name}: {json.dumps(value)}\n" for name, value in facts.items()) + "---\n\n"
-
-
-def _cpu() -> Any:
-    import torch
-
-    return torch.device("cpu")
 
 
 def _hub() -> Any:
