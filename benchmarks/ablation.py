@@ -1,6 +1,7 @@
 """Takes one technique at a time out of fast92, at about equal training time, and tells what validation loses by it.
 
 Commands: python benchmarks/ablation.py run [SHARE OF]    (one run per variant and seed; `run 1 2` takes every second)
+          python benchmarks/ablation.py seed N [NAME ...]  (these variants, or all, with one seed, on one core)
           python benchmarks/ablation.py summary           (writes results/ablation.json from all runs, and the table)
 Needs: DYNACONV_DATA. Takes: five to ten minutes a run on two cores. The test split is never opened. A run that has
 ended is not repeated. A variant whose steps are cheaper or dearer gets as many more or fewer epochs as make its time
@@ -40,6 +41,9 @@ def main() -> None:
             threads = 0 if step == 1 else 1
             for name, seed in [(name, seed) for seed in SEEDS for name in VARIANTS][first - 1 :: step]:
                 run(name, seed, threads)
+        case ["seed", seed, *names]:
+            for name in names or VARIANTS:
+                run(name, int(seed), 1)
         case ["summary"]:
             summarise()
         case _:

@@ -3,7 +3,6 @@
 Commands: python benchmarks/frontier.py run RECIPE EPOCHS [...]    (one training per length, seed 0, all cores)
           python benchmarks/frontier.py summary    (writes results/frontier.json and docs/figures/frontier.png)
 Needs: DYNACONV_DATA. The test split is never opened. A run that has ended is not repeated.
-`train --budget` tells what to expect from these figures (`training/frontier.py`).
 """
 
 import json

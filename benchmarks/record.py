@@ -43,6 +43,10 @@ def measured_commit() -> str:
     return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
 
 
+COMMIT = measured_commit()
+"""Taken when a script starts: what is edited while it runs is not what it measures."""
+
+
 def write_result(name: str, metrics: dict[str, Any], seeds: Sequence[int] = (), **more: Any) -> Path:
     """Writes results/NAME.json with the command, commit and machine of this process."""
     environment = describe_environment(torch.device("cpu"))
@@ -50,7 +54,7 @@ def write_result(name: str, metrics: dict[str, Any], seeds: Sequence[int] = (), 
         "name": name,
         # A path of this machine means nothing on another: its last part stands for it.
         "command": shlex.join(["python", f"benchmarks/{Path(sys.argv[0]).name}", *map(_without_folder, sys.argv[1:])]),
-        "commit": measured_commit(),
+        "commit": COMMIT,
         "machine": {
             "processor": environment["device_name"],
             "cores": os.cpu_count(),

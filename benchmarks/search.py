@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import torch
-from record import measured_commit, write_result
+from record import COMMIT, write_result
 
 from dynaconv.arguments import parse_training
 from dynaconv.data.batches import Batches
@@ -76,7 +76,7 @@ def _attempt(name: str, recipe: Recipe, device: torch.device) -> dict[str, objec
         f"{name}: validation {last.validation_accuracy:.4f}, with TTA {averaged:.4f}, plain train {plain.accuracy:.4f}"
     )
     return {
-        "commit": measured_commit(),
+        "commit": COMMIT,
         "epochs": len(history),
         "seconds": seconds,
         "threads": torch.get_num_threads(),
