@@ -61,11 +61,12 @@ def mix_grouped(inputs: torch.Tensor, kernels: Sequence[torch.Tensor], weights: 
     Cost: one convolution plus N*K*O*C*R*R multiply-adds; holds the N mixed kernels for the backward pass.
     """
     images, channels, height, width = inputs.shape
+    if images == 1:
+        mixed = _mix_once(kernels, weights[0])
+        return functional.conv2d(inputs, mixed, padding=mixed.shape[-1] // 2)
     stack = torch.stack(_same_size(kernels))
     outputs, side = stack.shape[1], stack.shape[-1]
     mixed = (weights @ stack.flatten(1)).view(images * outputs, channels, side, side)
-    if images == 1:
-        return functional.conv2d(inputs, mixed, padding=side // 2)
     joined = inputs.reshape(1, images * channels, height, width)
     return functional.conv2d(joined, mixed, padding=side // 2, groups=images).view(images, outputs, height, width)
 
@@ -212,6 +213,20 @@ class _AddWeighted(torch.autograd.Function):
         to_output = (gradient * weight[:, None, None, None].expand_as(gradient)).to(output.dtype)
         to_weight = (gradient * output).sum((1, 2, 3)).to(weight.dtype) if wants_weight else None
         return to_total, to_output if wants_output else None, to_weight
+
+
+def _mix_once(kernels: Sequence[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
+    """Sums kernels with (K,) weights: each is read once, where stacking them first would write and read them again."""
+    side = max(kernel.shape[-1] for kernel in kernels)
+    largest, *others = sorted(range(len(kernels)), key=lambda k: -kernels[k].shape[-1])
+    total = kernels[largest] * weights[largest]
+    for k in others:
+        if (own := kernels[k].shape[-1]) == side:
+            total = torch.addcmul(total, kernels[k], weights[k])
+        else:
+            margin = (side - own) // 2
+            total[:, :, margin : margin + own, margin : margin + own] += kernels[k] * weights[k]
+    return total
 
 
 def _same_size(kernels: Sequence[torch.Tensor]) -> list[torch.Tensor]:

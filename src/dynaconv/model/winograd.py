@@ -17,7 +17,7 @@ N images, C channels in, O channels out, H W map; h w tiles along the axes, p q 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from fractions import Fraction
 from functools import lru_cache
 from typing import Any, NamedTuple
@@ -41,6 +41,11 @@ TINY = {
     2: ([[1, 1], [0, 1], [1, 0]], [[0, 1, 0], [0, -1, 1], [1, -1, 0]], [[1, 1, 0], [1, 0, 1]]),
 }
 """The matrices B', G and A' for an axis of one or two places, where most of what a tile reads lies outside the map."""
+
+
+PART_BYTES = 2**20
+"""Tiles of a mixture that go through all kernels before the next do, if they are a place or more; their products and a
+scaled copy have to stay in the cache beside them. Smaller parts, of single rows, gain nothing (docs/log.md)."""
 
 
 def convolve(inputs: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
@@ -101,9 +106,10 @@ class _Mixture(torch.autograd.Function):
         # From (O, C, 3, 3) to (p, q, C, O).
         transformed = [_transform(kernel.permute(2, 3, 1, 0), rows.kernel, columns.kernel) for kernel in kernels]
         ctx.save_for_backward(tiles, weights, *transformed)
-        products = _multiply(_scaled(tiles, weights, 0), transformed[0])
-        for k, kernel in enumerate(transformed[1:], start=1):
-            products += _multiply(_scaled(tiles, weights, k), kernel)
+        products = tiles.new_empty(*tiles.shape[:3], transformed[0].shape[3])
+        for places, spread in _parts(tiles, len(rows.kernel), len(kernels)):
+            for k, kernel in enumerate(transformed):
+                _multiply(_scaled(tiles[spread], weights, k), kernel[places], products[spread], add=k > 0)
         return _transform(products, rows.writing, columns.writing).permute(2, 3, 0, 1)
 
     @staticmethod
@@ -115,27 +121,51 @@ class _Mixture(torch.autograd.Function):
         rows, columns = ctx.axes
         products = _transform(gradient.permute(2, 3, 0, 1), rows.writing.mT, columns.writing.mT)
         wants_inputs, wants_weights, *wants_kernels = ctx.needs_input_grad
-        to_tiles, to_weights, to_kernels = None, [], []
-        for k, kernel in enumerate(transformed):
-            if wants_inputs or wants_weights:
-                back = _multiply(products, kernel.mT)
-                if wants_weights:
-                    to_weights.append((back * tiles).sum((0, 1, 3)))
-                if weights is None:
-                    to_tiles = back
-                elif to_tiles is None:
-                    to_tiles = back.mul_(weights[:, k, None])
-                else:
-                    to_tiles.addcmul_(back, weights[:, k, None])
-            to_kernel = None
-            if wants_kernels[k]:
-                spread = _multiply_back(_scaled(tiles, weights, k), products, kernel)
-                to_kernel = _transform(spread, rows.kernel.mT, columns.kernel.mT).permute(3, 2, 0, 1)
-            to_kernels.append(to_kernel)
+        to_tiles = torch.empty_like(tiles) if wants_inputs else None
+        to_weights = torch.zeros_like(weights) if wants_weights else None
+        to_kernels = [
+            torch.empty_like(kernel) if wanted else None
+            for kernel, wanted in zip(transformed, wants_kernels, strict=True)
+        ]
+        for places, spread in _parts(tiles, len(rows.kernel), len(transformed)):
+            part, products_of_part = tiles[spread], products[spread]
+            for k, (kernel, to_kernel) in enumerate(zip(transformed, to_kernels, strict=True)):
+                if weights is None and to_tiles is not None:
+                    _multiply(products_of_part, kernel[places].mT, to_tiles[spread])
+                elif wants_inputs or wants_weights:
+                    back = _multiply(products_of_part, kernel[places].mT, torch.empty_like(part))
+                    if to_tiles is not None and k == 0:
+                        torch.mul(back, weights[:, 0, None], out=to_tiles[spread])
+                    elif to_tiles is not None:
+                        to_tiles[spread].addcmul_(back, weights[:, k, None])
+                    if to_weights is not None:
+                        to_weights[:, k] += back.mul_(part).sum((0, 1, 3))
+                if to_kernel is not None:
+                    to_kernel[places] = _multiply_back(_scaled(part, weights, k), products_of_part, kernel[places])
         to_inputs = None
-        if wants_inputs and to_tiles is not None:
+        if to_tiles is not None:
             to_inputs = _transform(to_tiles, rows.reading.mT, columns.reading.mT).permute(2, 3, 0, 1)
-        return to_inputs, torch.stack(to_weights, dim=1) if wants_weights else None, *to_kernels
+        back_transformed = (
+            None if kernel is None else _transform(kernel, rows.kernel.mT, columns.kernel.mT).permute(3, 2, 0, 1)
+            for kernel in to_kernels
+        )
+        return to_inputs, to_weights, *back_transformed
+
+
+def _parts(tiles: torch.Tensor, places: int, kernels: int) -> Iterator[tuple[slice, slice]]:
+    """Cuts tiles, (places * h, ...), between two places, into parts that stay in the cache.
+
+    Each part goes through all kernels before the next: what one kernel leaves is still in the cache for the next one.
+    A single kernel leaves nothing, and takes all at once.
+
+    Yields:
+        The places of a part, and its rows.
+    """
+    repeats = len(tiles) // places
+    at_once = places if kernels == 1 else max(1, PART_BYTES * places // max(1, tiles.nbytes))
+    for start in range(0, places, at_once):
+        stop = min(places, start + at_once)
+        yield slice(start, stop), slice(start * repeats, stop * repeats)
 
 
 def _scaled(tiles: torch.Tensor, weights: torch.Tensor | None, k: int) -> torch.Tensor:
@@ -149,14 +179,19 @@ def _transform(values: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) 
     return (columns @ first.view(len(rows), width, -1)).view(len(rows), len(columns), *rest)
 
 
-def _multiply(tiles: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
-    """Multiplies the channels of tiles, (p * h, q * w, N, C), by the kernel, (p, q, C, O), of their place."""
+def _multiply(tiles: torch.Tensor, kernel: torch.Tensor, products: torch.Tensor, add: bool = False) -> torch.Tensor:
+    """Multiplies the channels of tiles, (p * h, q * w, N, C), by the kernel, (p, q, C, O), of their place.
+
+    Writes, or adds, the result to `products`, (p * h, q * w, N, O), and returns them.
+    """
     rows, columns, images, channels = tiles.shape
     places, outputs = kernel.shape[1], kernel.shape[3]
     repeats = rows // len(kernel)
     matrices = kernel.unsqueeze(1).expand(-1, repeats, -1, -1, -1).reshape(rows * places, channels, outputs)
-    products = torch.bmm(tiles.view(rows * places, columns // places * images, channels), matrices)
-    return products.view(rows, columns, images, outputs)
+    factors = tiles.view(rows * places, columns // places * images, channels)
+    into = products.view(rows * places, columns // places * images, outputs)
+    torch.baddbmm(into, factors, matrices, out=into) if add else torch.bmm(factors, matrices, out=into)
+    return products
 
 
 def _multiply_back(tiles: torch.Tensor, products: torch.Tensor, kernel: torch.Tensor) -> torch.Tensor:
