@@ -179,7 +179,7 @@ def parse_report(words: list[str]) -> tuple[list[Path], Path | None]:
 
 
 def parse_export(words: list[str]) -> Any:
-    """Parses RUN [--format F] [--int8] [--into FILE] [--max-drop X] [--split S] [--data SOURCE] [--overwrite] ...
+    """Parses RUN [--format F] [--int8] [--fold] [--into FILE] [--max-drop X] [--split S] [--data SOURCE] ...
 
     Returns an object with these attributes and the run as `run`; errors as `parse_training`.
     """
@@ -191,7 +191,14 @@ def parse_export(words: list[str]) -> Any:
         folder("run", "Folder of a finished run."),
         option(Literal["onnx", "pt2"], "format", "ONNX, or the file of torch.export.", "onnx"),
         option(bool, "int8", "8-bit weights and activations, their ranges taken from training images; ONNX.", False),
-        option(Path | None, "into", "The file. None takes model.onnx, model-int8.onnx or model.pt2 in the run."),
+        option(
+            bool,
+            "fold",
+            "One convolution in place of every mixture, its weights frozen to their means; refused where that costs "
+            "accuracy.",
+            False,
+        ),
+        option(Path | None, "into", "The file. None takes model.onnx, model-int8.onnx, ... in the run's folder."),
         option(float, "max_drop", "Share of images, 0 to 1, that may be lost in accuracy at most.", 0.003),
         option(
             Literal["validation", "test"],

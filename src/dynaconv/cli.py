@@ -36,7 +36,7 @@ verbs:
              write one HTML page about a run, or several side by side, and a model card
   predict RUN|FILE.onnx PICTURE... [--top N] [--form jsonl]
              classify pictures: files, folders, patterns, or - for paths from standard input
-  export RUN [--format onnx|pt2] [--int8] [--max-drop 0.003] [--into FILE] [--split test]
+  export RUN [--format onnx|pt2] [--int8] [--fold] [--max-drop 0.003] [--into FILE] [--split test]
              write the classifier as one file, with a certificate of what it computes and costs
   serve RUN|FILE.onnx [--host H] [--port P]
              answer over HTTP, requests batched together, with a page to drop pictures on

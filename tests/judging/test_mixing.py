@@ -7,8 +7,8 @@ import torch
 
 from dynaconv.data.images import ImageSet
 from dynaconv.judging.evaluate import evaluate
-from dynaconv.judging.mixing import CollapseWatch, fold, tell_mixture, view_mixture
-from dynaconv.model.network import Network, build_network
+from dynaconv.judging.mixing import CollapseWatch, fold_network, tell_mixture, view_mixture
+from dynaconv.model.network import Block, build_network
 from dynaconv.recipe import ModelSettings, Recipe
 from dynaconv.reporting.figures import draw_mixture, save_figure
 
@@ -58,16 +58,17 @@ def test_freezing_leaves_the_network_as_it_was(network, images):
 
 def test_the_frozen_accuracy_is_that_of_the_folded_network(network, images):
     view = view_mixture(network, images, Recipe())
-    static = Network(ModelSettings(widths=(4, 6), num_convolutions=(1,), pool_after=(1,)), 3, 2).eval()
-    kernels = fold(network, [torch.tensor(block.mean) for block in view.blocks])
-    with torch.no_grad():
-        for block, kernel in zip(static.backbone.blocks, kernels, strict=True):
-            block.kernels[0].copy_(kernel)
-            block.weigh.bias.fill_(1.0)
-        static.backbone.norms.load_state_dict(network.backbone.norms.state_dict())
-        static.classifier.load_state_dict(network.classifier.state_dict())
+    static = fold_network(network, images, Recipe())
+    assert not any(isinstance(layer, Block) for layer in static.modules())
     judged = evaluate(static, images, Recipe())
     assert view.frozen.count == int((judged.predictions == judged.labels).sum())
+    # Frozen by hand: fixed weights through the mixing blocks themselves give the same logits.
+    with torch.no_grad():
+        for block, found in zip(network.backbone.blocks, view.blocks, strict=True):
+            block.weigh.weight.zero_()
+            block.weigh.bias.copy_(torch.tensor(found.mean))
+    by_hand = evaluate(network, images, Recipe())
+    assert torch.allclose(judged.logits, by_hand.logits, rtol=1e-4, atol=1e-4 * by_hand.logits.abs().max().item())
 
 
 def test_copies_and_unused_convolutions_are_found_and_told_once(network, images):

@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import numpy as np
+import onnx
 import pytest
 import torch
 from fastapi.testclient import TestClient
@@ -15,8 +16,12 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dynaconv.cli import main
+from dynaconv.data.sources import load_images, options_of
 from dynaconv.errors import UserError, WorkError
 from dynaconv.experiment import run_experiment
+from dynaconv.judging.evaluate import evaluate
+from dynaconv.judging.mixing import fold_network
+from dynaconv.judging.trained import load_judged_images
 from dynaconv.model.network import Block
 from dynaconv.recipe import Recipe, with_settings
 from dynaconv.rundir import RunDir
@@ -166,6 +171,45 @@ def test_8_bits_are_smaller_and_bounded(run, tmp_path):
     with pytest.raises(WorkError, match="more than --max-drop"):
         export_run(run, ExportOptions(int8=True, into=tmp_path / "none.onnx", max_drop=-1), quiet)
     assert sorted(file.name for file in tmp_path.iterdir()) == ["small.onnx", "small.onnx.certificate.json"]
+
+
+def test_a_folded_file_has_no_mixture_and_proves_what_that_costs(run, tmp_path):
+    target = tmp_path / "folded.onnx"
+    found = export_run(run, ExportOptions(fold=True, into=target, max_drop=0.05), quiet)
+    assert found["folded"]
+    assert PortableClassifier(target).facts["folded"]
+    assert found["largest_difference_from_folded"] < 1e-5
+    # By hand: the judge's own figure for weights frozen to their means over the same training images.
+    classifier = load_classifier(run)
+    options = options_of(SMALL.data)
+    held_out = torch.tensor(RunDir.open(run).read_json("split.json")["validation"])
+    images = load_images("digits", "train", options)
+    training = images.subset(torch.arange(len(images))[~torch.isin(torch.arange(len(images)), held_out)])
+    folded = fold_network(classifier.trained.network, training, SMALL)
+    judged = evaluate(folded, load_judged_images(classifier.trained, "validation", options), SMALL)
+    assert found["accuracy_after"]["count"] == int((judged.predictions == judged.labels).sum())
+    lost = found["accuracy_after"]["value"] - found["accuracy_before"]["value"]
+    assert found["accuracy_difference"]["value"] == pytest.approx(lost)
+    graph = [node.op_type for node in onnx.load(target).graph.node]
+    assert graph.count("Conv") == len(SMALL.model.widths)
+    assert graph.count("Gemm") + graph.count("MatMul") <= 3  # the classifier, and the distance: no block weighs
+
+
+def test_what_mixing_is_worth_is_not_folded_away(run, tmp_path, monkeypatch, capsys):
+    whole = module.certify
+    lost = {"accuracy_difference": {"value": -0.02, "low": -0.03, "high": -0.01}}
+    monkeypatch.setattr(module, "certify", lambda *arguments: whole(*arguments) | lost)
+    words = ["export", str(run), "--fold", "--into", str(tmp_path / "folded.onnx"), "--max-drop", "1"]
+    assert main(words) == 1
+    assert "is worth 2.00 points of accuracy here (95% interval 1.00 to 3.00)" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_file_that_is_not_the_folded_network_is_not_written(run, tmp_path, monkeypatch):
+    monkeypatch.setattr(module, "_distance", lambda *_: 0.1)
+    with pytest.raises(WorkError, match="is not the folded network"):
+        export_run(run, ExportOptions(fold=True, into=tmp_path / "folded.onnx", max_drop=1), quiet)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_another_network_than_the_judged_one_is_not_written(run, tmp_path, monkeypatch):
@@ -361,8 +405,6 @@ def test_verification_of_a_folder_compares_probabilities_with_the_certificate(ex
 
 
 def test_files_that_are_no_exported_classifier(exported, tmp_path):
-    import onnx
-
     (tmp_path / "text.onnx").write_text("no model")
     with pytest.raises(UserError, match="no model that onnxruntime can open"):
         PortableClassifier(tmp_path / "text.onnx")

@@ -1,5 +1,6 @@
 """The mixture's own view: what the weights of the K convolutions do, and what is lost without them."""
 
+import copy
 import math
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
@@ -14,7 +15,7 @@ from dynaconv.data.images import ImageSet
 from dynaconv.judging.evaluate import Evaluation, evaluate
 from dynaconv.judging.paired import Difference, paired_difference
 from dynaconv.judging.rate import Rate
-from dynaconv.model.network import Block, Network
+from dynaconv.model.network import Block, Network, StaticBlock
 from dynaconv.recipe import Recipe
 
 UNUSED = 0.01
@@ -159,27 +160,26 @@ class CollapseWatch:
                 self._say(f"The mixture of block {block} has collapsed: {happened}; --num-convolutions 1 costs less.")
 
 
-def fold(network: Network, weights: Sequence[torch.Tensor]) -> list[torch.Tensor]:
-    """Mixes the kernels of every block with fixed weights: those of a network with K = 1 and weight one.
+def fold_network(network: Network, images: ImageSet, recipe: Recipe) -> Network:
+    """Returns a copy of a network in which every block is one convolution: its weights no longer depend on the image.
+
+    The weights are frozen to their means over `images`, as `view_mixture` freezes them, and the kernels mixed once and
+    for all; a block then costs one convolution whatever its K, and neither pools nor weighs.
 
     Args:
-        network: Any network of this package.
-        weights: Per block (K,), as the means of a view.
-
-    Returns:
-        Per block one kernel, (O, C, R, R), R the largest side of its kernels.
-
-    Example:
-        >>> from dynaconv.recipe import ModelSettings
-        >>> settings = ModelSettings(widths=(4,), num_convolutions=(2,), pool_after=())
-        >>> kernels = fold(Network(settings, 3, 2), [torch.tensor([0.5, 0.5])])
-        >>> tuple(kernels[0].shape)
-        (4, 3, 3, 3)
+        network: Left as it was, in evaluation mode.
+        images: Whose weights are averaged; training images, lest the copy be fitted to those that judge it.
+        recipe: Its normalisation and evaluation batch size are used.
     """
-    return [
-        torch.einsum("k,kocij->ocij", weight, torch.stack(_padded(block)))
-        for block, weight in zip(_blocks(network), weights, strict=True)
-    ]
+    blocks = _blocks(network)
+    with _recording(blocks) as recorded:
+        evaluate(network, images, recipe)
+    folded = copy.deepcopy(network)
+    for place, (block, batches) in enumerate(zip(blocks, recorded, strict=True)):
+        kernels = torch.stack(_padded(block))
+        mean = torch.cat(batches).mean(0).to(kernels)
+        folded.backbone.blocks[place] = StaticBlock(torch.einsum("k,kocij->ocij", mean, kernels))
+    return folded
 
 
 def tell_mixture(view: MixtureView) -> list[str]:

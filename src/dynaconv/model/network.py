@@ -82,6 +82,23 @@ class Block(nn.Module):
         return FORMS[form](inputs, kernels, weights) + shortcut
 
 
+class StaticBlock(nn.Module):
+    """What a block becomes when its mixing weights are fixed: one convolution, with the shortcut inside its kernel."""
+
+    def __init__(self, kernel: torch.Tensor) -> None:
+        """Takes the mixed kernel, (O, C, R, R) with R odd, to which the shortcut is added here."""
+        super().__init__()
+        self.pool = nn.AdaptiveAvgPool2d(1)
+        outputs, channels, side, _ = kernel.shape
+        kernel = kernel.clone()
+        kernel[:, :, side // 2, side // 2] += torch.eye(outputs, channels, dtype=kernel.dtype, device=kernel.device)
+        self.kernel = nn.Parameter(kernel)
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Maps (N, C, H, W) to (N, O, H, W)."""
+        return functional.conv2d(inputs, self.kernel, padding=self.kernel.shape[-1] // 2)
+
+
 class WhiteningStem(nn.Module):
     """A fixed convolution that decorrelates neighbouring pixels, each direction with both signs.
 

@@ -86,8 +86,11 @@ def certify(
     Returns:
         The certificate as JSON values. Rates with Wilson's 95% interval; differences of probabilities, 0 to 1.
     """
+    from dynaconv.judging.paired import paired_difference  # needs scipy, which verification does without
+
     pixels, labels = images.images.cpu().numpy(), images.labels.cpu().numpy()
     one, other = before.over(pixels), after.over(pixels)
+    right = [(side.argmax(1) == labels)[None] for side in (one, other)]
     run = classifier.trained.run
     weights = run.path / WEIGHTS
     speed_before, speed_after = race((before, after), pixels)
@@ -103,8 +106,9 @@ def certify(
         "largest_probability_difference": float(np.abs(one - other).max()),
         "largest_logit_difference": float(np.abs(_logits(one) - _logits(other)).max()),
         "agreement": Rate(int((one.argmax(1) == other.argmax(1)).sum()), len(pixels)).as_dict(),
-        "accuracy_before": Rate(int((one.argmax(1) == labels).sum()), len(pixels)).as_dict(),
-        "accuracy_after": Rate(int((other.argmax(1) == labels).sum()), len(pixels)).as_dict(),
+        "accuracy_before": Rate(int(right[0].sum()), len(pixels)).as_dict(),
+        "accuracy_after": Rate(int(right[1].sum()), len(pixels)).as_dict(),
+        "accuracy_difference": paired_difference(right[0], right[1]).as_dict(),
         "threads": threads,
         "speed_before": speed_before,
         "speed_after": speed_after,

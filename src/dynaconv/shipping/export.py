@@ -25,15 +25,18 @@ from dynaconv.device import keep_freed_memory, use_threads
 from dynaconv.errors import UserError, WorkError
 from dynaconv.files import writing_whole
 from dynaconv.judging.familiarity import see
+from dynaconv.judging.mixing import fold_network
 from dynaconv.judging.trained import load_judged_images
 from dynaconv.model.network import Block
-from dynaconv.shipping.certificate import SAME, Side, certify, hash_weights, tell, to_text
+from dynaconv.shipping.certificate import SAME, SAMPLE, Side, certify, hash_weights, tell, to_text
 from dynaconv.shipping.classifier import Classifier, load_classifier, to_probabilities
 from dynaconv.shipping.portable import FACTS, FORMAT, PortableClassifier, as_layout, certificate_of
 
 OPSET = 20
 CALIBRATION_IMAGES = 512
 """Training images from which the ranges of an 8-bit file are taken."""
+FOLDING_IMAGES = 5000
+"""Training images over which the mixing weights of a folded file are averaged."""
 
 
 @dataclass(frozen=True)
@@ -43,7 +46,8 @@ class ExportOptions:
     Attributes:
         form: "onnx" or "pt2".
         int8: 8-bit weights and activations; ONNX only.
-        into: The file; None takes model.onnx, model-int8.onnx or model.pt2 in the run's folder.
+        fold: One convolution in place of every mixture, its weights frozen to their means over training images.
+        into: The file; None takes model.onnx, model-int8.onnx, model-folded.onnx, ... in the run's folder.
         max_drop: Accuracy, 0 to 1, that may be lost at most.
         split: "validation", or "test", which is recorded in the run as a look at the test images.
         overwrite: Replace a file that is there.
@@ -53,6 +57,7 @@ class ExportOptions:
 
     form: str = "onnx"
     int8: bool = False
+    fold: bool = False
     into: Path | None = None
     max_drop: float = 0.003
     split: str = "validation"
@@ -64,12 +69,17 @@ class ExportOptions:
 class Portable(nn.Module):
     """What is exported: preprocessing, network, temperature and softmax, from pixels to probabilities."""
 
-    def __init__(self, classifier: Classifier, layout: str = "nchw") -> None:
+    def __init__(self, classifier: Classifier, layout: str = "nchw", fold: bool = False) -> None:
         """Takes the network of a classifier; its mixtures are computed literally, which every runtime can."""
         super().__init__()
         trained = classifier.trained
+        self._augment = trained.recipe.augment
         # A copy: the classifier itself goes on as it was judged, to be compared with.
-        self.network, self._augment = copy.deepcopy(trained.network), trained.recipe.augment
+        self.network = (
+            fold_network(trained.network, _training_images(classifier, FOLDING_IMAGES), trained.recipe)
+            if fold
+            else copy.deepcopy(trained.network)
+        )
         self._temperature, self._layout = classifier.calibration.temperature, layout
         self._familiarity = classifier.familiarity
         for layer in self.network.modules():
@@ -106,7 +116,7 @@ def export_run(run: Path, options: ExportOptions, say: Callable[[str], None] = p
     """
     if options.form == "pt2" and options.int8:
         raise UserError("--int8 goes with --format onnx; torch.export's files keep float32.")
-    name = {"onnx": "model-int8.onnx" if options.int8 else "model.onnx", "pt2": "model.pt2"}[options.form]
+    name = f"model{'-folded' if options.fold else ''}{'-int8' if options.int8 else ''}.{options.form}"
     target = options.into or run / name
     if target.exists() and not options.overwrite:
         raise UserError(f"{target} exists; say --overwrite to replace it, or --into for another file.")
@@ -127,11 +137,13 @@ def export_run(run: Path, options: ExportOptions, say: Callable[[str], None] = p
     try:
         with tempfile.TemporaryDirectory(dir=target.parent, prefix=f".{target.name}.") as folder:
             draft = Path(folder) / name
-            after = _write(Portable(classifier, options.layout).eval(), draft, facts, classifier, options)
+            model = Portable(classifier, options.layout, options.fold).eval()
+            after = _write(model, draft, facts, classifier, options)
             before = Side.of_torch(classifier)
-            document = certify(before, after, images, draft, classifier, options.split, threads) | {
-                "int8": options.int8
-            }
+            document = certify(before, after, images, draft, classifier, options.split, threads)
+            document |= {"int8": options.int8, "folded": options.fold}
+            if options.fold and not options.int8:
+                document["largest_difference_from_folded"] = _distance(_side_of(model, options.layout), after, images)
             _require_same(document, options)
             # The certificate first: a file without one would be opened unproven, a certificate alone proves nothing.
             with writing_whole(certificate_of(target)) as temporary:
@@ -155,7 +167,8 @@ def require_packages(options: ExportOptions) -> None:
 def _with_source(classifier: Classifier, source: str) -> Classifier:
     recipe = classifier.trained.recipe
     recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, source=source))
-    return Classifier(dataclasses.replace(classifier.trained, recipe=recipe), classifier.calibration)
+    trained = dataclasses.replace(classifier.trained, recipe=recipe)
+    return Classifier(trained, classifier.calibration, classifier.familiarity, classifier.neighbours)
 
 
 def _facts(classifier: Classifier, options: ExportOptions) -> dict[str, Any]:
@@ -169,6 +182,7 @@ def _facts(classifier: Classifier, options: ExportOptions) -> dict[str, Any]:
         "threshold": classifier.threshold,
         "weights_sha256": hash_weights(classifier.trained.run.path),
         "layout": options.layout,
+        "folded": options.fold,
         "input": f"images: ({', '.join(options.layout.upper())}) uint8, 0 to 255",
         "output": "probabilities: (N, classes) float32"
         + ("; distance: (N,) float32, above 1 unlike what trained" if classifier.familiarity else ""),
@@ -183,13 +197,7 @@ def _write(model: Portable, draft: Path, facts: dict[str, Any], classifier: Clas
     if options.form == "pt2":
         program = torch.export.export(model, (example,), dynamic_shapes=batch)
         torch.export.save(program, draft, extra_files={f"{FACTS}.json": json.dumps(facts)})
-        loaded = torch.export.load(draft).module()
-
-        def compute(pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
-            with torch.no_grad():
-                return loaded(torch.from_numpy(as_layout(pixels, options.layout)))[0].double().numpy()
-
-        return Side("torch.export", compute)
+        return _side_of(torch.export.load(draft).module(), options.layout)
     whole = draft.with_name("float32.onnx") if options.int8 else draft
     with _quietly("torch.onnx"):
         program = torch.onnx.export(
@@ -206,11 +214,27 @@ def _write(model: Portable, draft: Path, facts: dict[str, Any], classifier: Clas
         raise WorkError("torch could not express the network in ONNX.")
     _save(program.model_proto, whole, facts)
     if options.int8:
-        _quantize(whole, draft, _training_images(classifier), options.layout)
+        _quantize(whole, draft, _training_images(classifier, CALIBRATION_IMAGES), options.layout)
         import onnx
 
         _save(onnx.load(draft), draft, facts)
     return Side.of_onnx(PortableClassifier(draft, torch.get_num_threads()))
+
+
+def _side_of(model: nn.Module, layout: str) -> Side:
+    """Returns what torch computes with a module that maps pixels in `layout` to probabilities, and more."""
+
+    def compute(pixels: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+        with torch.no_grad():
+            return model(torch.from_numpy(as_layout(pixels, layout)))[0].double().numpy()
+
+    return Side("torch.export", compute)
+
+
+def _distance(one: Side, other: Side, images: ImageSet) -> float:
+    """Returns by how much a probability of the first images differs at most."""
+    pixels = images.images[:SAMPLE].cpu().numpy()
+    return float(np.abs(one.over(pixels) - other.over(pixels)).max())
 
 
 @contextlib.contextmanager
@@ -267,21 +291,24 @@ def _quantize(whole: Path, target: Path, found: ImageSet, layout: str) -> None:
         )
 
 
-def _training_images(classifier: Classifier) -> ImageSet:
+def _training_images(classifier: Classifier, count: int) -> ImageSet:
+    """Returns about `count` images that trained, evenly over all of them."""
     trained = classifier.trained
     images = load_images(trained.recipe.data.source, "train", options_of(trained.recipe.data))
-    # Ranges taken from the images that the file is proved on would flatter it.
+    # What is taken from the images that the file is proved on would flatter it.
     held_out = torch.tensor(trained.run.read_json("split.json").get("validation", []), dtype=torch.int64)
     chosen = torch.arange(len(images))
     chosen = chosen[~torch.isin(chosen, held_out)]
-    return images.subset(chosen[:: max(1, len(chosen) // CALIBRATION_IMAGES)])
+    return images.subset(chosen[:: max(1, len(chosen) // count)]).with_classes(trained.classes)
 
 
 def _require_same(document: dict[str, Any], options: ExportOptions) -> None:
     drop = document["accuracy_before"]["value"] - document["accuracy_after"]["value"]
     largest = document["largest_probability_difference"]
+    if options.fold:
+        _require_worthless(document)
     # Asked this way round, what is not a number passes neither.
-    if not options.int8 and not (largest <= SAME and document["agreement"]["value"] == 1):
+    elif not options.int8 and not (largest <= SAME and document["agreement"]["value"] == 1):
         raise WorkError(
             f"The exported file is not the judged classifier: probabilities differ by up to {largest:.1e} (at most "
             f"{SAME:.0e} is allowed), and {document['agreement']['value']:.3%} of the classes agree. No file was left."
@@ -290,4 +317,21 @@ def _require_same(document: dict[str, Any], options: ExportOptions) -> None:
         raise WorkError(
             f"The exported file loses {100 * drop:.2f} points of accuracy, more than --max-drop "
             f"{100 * options.max_drop:g} allows; no file was left."
+        )
+
+
+def _require_worthless(document: dict[str, Any]) -> None:
+    """Raises WorkError unless weights that depend on the image buy nothing that the images can tell."""
+    lost = document["accuracy_difference"]
+    if not lost["high"] >= 0:
+        raise WorkError(
+            f"Choosing the weights for each image is worth {-100 * lost['value']:.2f} points of accuracy here (95% "
+            f"interval {-100 * lost['high']:.2f} to {-100 * lost['low']:.2f}), which --fold would lose; no file was "
+            "left."
+        )
+    largest = document.get("largest_difference_from_folded", 0.0)
+    if not largest <= SAME:
+        raise WorkError(
+            f"The exported file is not the folded network: probabilities differ by up to {largest:.1e} (at most "
+            f"{SAME:.0e} is allowed). No file was left."
         )
