@@ -88,11 +88,19 @@ def test_a_rising_training_accuracy_decides_nothing_if_validation_is_flat():
     assert limit(lines(**{**FINISHED, "training_accuracy": [0.5, 0.7, 0.8, 0.9]})) is None
 
 
+@pytest.mark.parametrize(("training", "expected"), [(0.949, "undertrained"), (0.951, None)])
+def test_a_rise_proves_nothing_once_the_training_images_are_learned(training, expected):
+    # Rates that fall to zero lift the last epochs of any training.
+    epochs = lines(**{**FINISHED, "validation_accuracy": [0.5, 0.8, 0.86, 0.9]})
+    assert limit(epochs, training_accuracy=training) == expected
+
+
 def test_undertrained_proposes_twice_the_epochs_and_says_both_figures():
     found = diagnose(facts(lines(**{**FINISHED, "validation_accuracy": [0.3, 0.5, 0.65, 0.75]})))
     assert found.limit == "undertrained"
     assert "from 65.0% in the third quarter of the epochs to 75.0% in the last" in found.sentence
-    assert found.facts == pytest.approx({"third_quarter": 0.65, "last_quarter": 0.75})
+    assert "and 90.0% of the augmented training images are right" in found.sentence
+    assert found.facts == pytest.approx({"third_quarter": 0.65, "last_quarter": 0.75, "training_accuracy": 0.9})
     assert proposed(found) == with_settings(Recipe(name="coursework"), epochs=16)
 
 
@@ -109,7 +117,7 @@ OVERFIT = {"training_accuracy": 0.99, "validation_accuracy": 0.85, "validation_l
         ({"validation_loss": [0.7, 0.5, 0.5, 0.524]}, None),
         ({"validation_loss": [0.7, 0.6, 0.55, 0.5]}, None),
         ({"validation_accuracy": [0.7, 0.8, 0.841, 0.85]}, "overfit"),
-        ({"validation_accuracy": [0.7, 0.8, 0.839, 0.85]}, "undertrained"),
+        ({"validation_accuracy": [0.7, 0.8, 0.839, 0.85]}, None),
         ({"validation_accuracy": None, "validation_loss": None}, None),
     ],
 )
@@ -244,7 +252,8 @@ def test_a_run_that_stopped_early_is_not_diagnosed():
 def test_epochs_that_do_not_divide_by_four():
     accuracies = [0.1, 0.2, 0.3, 0.4, 0.5, 0.6, 0.7]
     epochs = [{**FINISHED, "validation_accuracy": accuracy} for accuracy in accuracies]
-    assert diagnose(facts(epochs)).facts == pytest.approx({"third_quarter": 0.6, "last_quarter": 0.7})
+    expected = {"third_quarter": 0.6, "last_quarter": 0.7, "training_accuracy": 0.9}
+    assert diagnose(facts(epochs)).facts == pytest.approx(expected)
 
 
 def test_a_recipe_in_a_folder_with_a_blank_is_quoted():

@@ -20,7 +20,7 @@ RISE = 0.01
 FLAT = 0.005
 """What it may gain at most, to be called flat. Between the two nothing is said."""
 LEARNED = 0.95
-"""Training accuracy from which on a run without validation images is not called undertrained."""
+"""Training accuracy from which on no run is called undertrained: what more epochs would do is not in its facts."""
 LOW = 0.9
 """Accuracy below which a network is suspected to be too small."""
 CLOSE = 0.02
@@ -149,8 +149,14 @@ def _overfit(facts: Facts) -> Diagnosis | None:
 
 
 def _undertrained(facts: Facts) -> Diagnosis | None:
-    """Undertrained: validation accuracy still rising; without validation images, low training accuracy still rising."""
-    name = "validation"
+    """Undertrained: accuracy, of validation images if there are any, still rising, and training images left to learn.
+
+    A rise alone proves nothing: rates that fall to zero make the last epochs of any training the best. What the network
+    has not learned of the images it trains on is what more epochs are for.
+    """
+    name, training = "validation", _training_accuracy(facts)
+    if training >= LEARNED:
+        return None
     curve = _curve(facts, "validation_accuracy")
     if curve:
         if not facts.validation_images:
@@ -162,15 +168,16 @@ def _undertrained(facts: Facts) -> Diagnosis | None:
             return None
     else:
         name, curve = "training", _curve(facts, "training_accuracy")
-        if not curve or _training_accuracy(facts) >= LEARNED or _rise(facts, curve) <= RISE:
+        if not curve or _rise(facts, curve) <= RISE:
             return None
     before, last = _quarters(facts, curve)
     sentence = (
         f"Undertrained: {name} accuracy was still rising at the end, from {before:.1%} in the third quarter of the "
-        f"epochs to {last:.1%} in the last."
+        f"epochs to {last:.1%} in the last, and {training:.1%} of the {_kind(facts)}training images are right."
     )
     command = _command(facts, "--epochs", str(2 * facts.recipe.train.epochs))
-    return Diagnosis("undertrained", sentence, command, {"third_quarter": before, "last_quarter": last})
+    figures = {"third_quarter": before, "last_quarter": last, "training_accuracy": training}
+    return Diagnosis("undertrained", sentence, command, figures)
 
 
 def _capacity(facts: Facts) -> Diagnosis | None:
