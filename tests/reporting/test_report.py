@@ -8,6 +8,7 @@ import pytest
 
 from dynaconv.cli import main
 from dynaconv.errors import UserError
+from dynaconv.evaluation import evaluate_run
 from dynaconv.experiment import run_experiment
 from dynaconv.recipe import Recipe, with_settings
 from dynaconv.reporting.report import write_report
@@ -148,3 +149,21 @@ def test_what_has_no_report(runs, tmp_path, capsys):
     (tmp_path / "run" / "result.json").unlink()
     with pytest.raises(UserError, match="has not finished"):
         write_report([tmp_path / "run"])
+
+
+@pytest.mark.parametrize("splits", [("validation",), ("validation", "test")])
+def test_explained_mistakes_are_shown_those_on_test_images_first(runs, tmp_path, splits):
+    run = tmp_path / "run"
+    shutil.copytree(runs / "run0", run)
+    for split in splits:
+        evaluate_run(run, split, explain=True, say=lambda line: None)
+    page = write_report([run])[0].read_text(encoding="utf-8")
+    told = re.findall(r'alt="[\w -]+ of (\w+) image \d+, taken for', page)
+    mistakes = RunDir.open(run).read_json(f"pictures-{splits[-1]}.json")["mistakes"]
+    explained = [each for each in mistakes if "explained" in each]
+    assert told == [splits[-1]] * sum(len(each["explained"]) for each in explained) != []
+    assert f"In its surest mistakes on the {splits[-1]} images" in page
+
+
+def test_nothing_is_explained_unasked(page):
+    assert "Where it looked" not in page

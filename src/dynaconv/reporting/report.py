@@ -115,6 +115,7 @@ def _read(path: Path) -> dict[str, Any]:
         "test": test,
         "validation": _optional(run, "evaluation-validation.json"),
         "pictures": _optional(run, "pictures-test.json"),
+        "explained": _explained(run),
         "robustness": _optional(run, "robustness-test.json") or _optional(run, "robustness-validation.json"),
         "mixture": mixture,
         "mixture_figure": _as_svg(draw_mixture(mixture)) if mixture and _mixes(mixture) else None,
@@ -137,6 +138,15 @@ def _is_unaugmented(recipe: Any) -> bool:
 
 def _mixes(mixture: dict[str, Any]) -> bool:
     return any(len(block["kernel_sizes"]) > 1 for block in mixture["blocks"])
+
+
+def _explained(run: RunDir) -> tuple[str, list[dict[str, Any]]] | None:
+    """Returns the split whose mistakes were explained, the test images before the validation images, and these."""
+    for split in ("test", "validation"):
+        pictures = _optional(run, f"pictures-{split}.json") or {"mistakes": []}
+        if told := [each for each in pictures["mistakes"] if "explained" in each]:
+            return split, told
+    return None
 
 
 def _optional(run: RunDir, name: str) -> Any:
