@@ -2,6 +2,7 @@
 
 Commands: python benchmarks/recipe.py coursework --seeds 0 1 2
           python benchmarks/recipe.py fast92 --seeds 0 1 2 3 4 --all-images    (none held out for validation)
+          python benchmarks/recipe.py fast92 --seeds 0 --into fast92-float32   (another machine's result beside the first)
 Needs: DYNACONV_DATA. Takes: what the recipe costs (`dynaconv recipes`) for each seed.
 A seed whose run has ended is not trained again, and one that was stopped goes on, so that the seeds can be spread over
 several evenings; the summary covers the runs that are there, and lists the commit of each.
@@ -39,16 +40,18 @@ def main() -> None:
     parser.add_argument("recipe", choices=sorted(RECIPES))
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--all-images", action="store_true", help="train on the validation images as well")
+    parser.add_argument("--into", help="name of the result; the recipe's own if left out")
     arguments = parser.parse_args()
+    into = arguments.into or arguments.recipe
     held_out = ["--validation-fraction", "0"] if arguments.all_images else []
     for seed in arguments.seeds:
-        folder = run_of(arguments.recipe, seed)
+        folder = run_of(into, seed)
         if not (folder / "result.json").exists():
             train = ["train", arguments.recipe, "--data", "cifar10", "--seed", str(seed), "--run-dir", str(folder)]
             begun = (folder / "recipe.json").exists()  # goes on bit for bit, and its time adds up
             words = ["resume", str(folder)] if begun else [*train, *held_out]
             subprocess.run([sys.executable, "-m", "dynaconv", *words], check=True)
-    summarise(arguments.recipe, arguments.seeds)
+    summarise(into, arguments.seeds)
 
 
 def run_of(name: str, seed: int) -> Path:
@@ -75,6 +78,7 @@ def summarise(name: str, seeds: list[int]) -> None:
         data_sha256=sorted({result["data_sha256"] for result in results}),
         run_commits=[environment["commit"] for environment in environments],
         threads=[environment["threads"] for environment in environments],
+        precision=[environment["precision"] for environment in environments],
         test_looks=[result["test_looks"] for result in results],
         parameters=results[0]["parameters"],
     )

@@ -137,6 +137,10 @@ MIXES_KERNELS = ("grouped", "patches")
 """Forms in which one more convolution costs nearly nothing, be it the shortcut."""
 
 
+PASSES = 0.1
+"""What weighing and adding one output costs, in direct convolutions."""
+
+
 def choose_form(kernel_sizes: Sequence[int], outputs: int, inputs: torch.Tensor) -> Form:
     """Picks the cheapest form for a block from its kernels' sides, its output channels, and its input.
 
@@ -156,17 +160,17 @@ def choose_form(kernel_sizes: Sequence[int], outputs: int, inputs: torch.Tensor)
         return "literal"  # grouped convolutions with few channels a group miss the fast kernels of most accelerators
     area = max(kernel_sizes) ** 2
     costs: dict[Form, float] = {
-        "literal": sum(side**2 for side in kernel_sizes) / area,
-        "grouped": 1.2 + 64 / (height * width),
+        "literal": sum(side**2 / area + PASSES for side in kernel_sizes),
+        "grouped": 1.15 + 85 / (height * width),
     }
     # Winograd's transforms need the digits that half precision lacks.
     whole = inputs.dtype in (torch.float32, torch.float64) and not torch.is_autocast_enabled(inputs.device.type)
     traced = torch.compiler.is_compiling()
     narrow = min(channels, outputs)
-    if narrow >= 64 and torch.is_grad_enabled() and whole and not traced:
+    if narrow >= 48 and torch.is_grad_enabled() and whole and not traced:
         # The transforms once, then a matrix product per 3x3 kernel, which is the slower the narrower it is.
-        product = share_of_products(height, width) * (1.4 + 90 / narrow)
-        others = sum(side**2 for side in kernel_sizes if side != 3) / area
+        product = share_of_products(height, width) * (1.5 + 30 / narrow)
+        others = sum(side**2 / area + PASSES for side in kernel_sizes if side != 3)
         costs["winograd"] = 32 / narrow + product * sum(side == 3 for side in kernel_sizes) * 9 / area + others
     return min(costs, key=costs.__getitem__)
 
