@@ -138,7 +138,7 @@ MIXES_KERNELS = ("grouped", "patches")
 
 
 PASSES = 0.1
-"""What weighing and adding one output costs, in direct convolutions."""
+"""What weighing and adding one more output costs, in direct convolutions."""
 
 
 def choose_form(kernel_sizes: Sequence[int], outputs: int, inputs: torch.Tensor) -> Form:
@@ -160,7 +160,7 @@ def choose_form(kernel_sizes: Sequence[int], outputs: int, inputs: torch.Tensor)
         return "literal"  # grouped convolutions with few channels a group miss the fast kernels of most accelerators
     area = max(kernel_sizes) ** 2
     costs: dict[Form, float] = {
-        "literal": sum(side**2 / area + PASSES for side in kernel_sizes),
+        "literal": sum(side**2 / area + PASSES for side in kernel_sizes) - PASSES,
         "grouped": 1.15 + 85 / (height * width),
     }
     # Winograd's transforms need the digits that half precision lacks.
@@ -171,7 +171,7 @@ def choose_form(kernel_sizes: Sequence[int], outputs: int, inputs: torch.Tensor)
         # The transforms once, then a matrix product per 3x3 kernel, which is the slower the narrower it is.
         product = share_of_products(height, width) * (1.5 + 30 / narrow)
         others = sum(side**2 / area + PASSES for side in kernel_sizes if side != 3)
-        costs["winograd"] = 32 / narrow + product * sum(side == 3 for side in kernel_sizes) * 9 / area + others
+        costs["winograd"] = 24 / narrow + product * sum(side == 3 for side in kernel_sizes) * 9 / area + others
     return min(costs, key=costs.__getitem__)
 
 
