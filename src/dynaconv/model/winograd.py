@@ -130,8 +130,9 @@ class _Mixture(torch.autograd.Function):
         for places, spread in _parts(tiles, len(rows.kernel), len(transformed)):
             part, products_of_part = tiles[spread], products[spread]
             for k, (kernel, to_kernel) in enumerate(zip(transformed, to_kernels, strict=True)):
-                if weights is None and to_tiles is not None:
-                    _multiply(products_of_part, kernel[places].mT, to_tiles[spread])
+                if weights is None:
+                    if to_tiles is not None:
+                        _multiply(products_of_part, kernel[places].mT, to_tiles[spread])
                 elif wants_inputs or wants_weights:
                     back = _multiply(products_of_part, kernel[places].mT, torch.empty_like(part))
                     if to_tiles is not None and k == 0:
