@@ -80,6 +80,34 @@ def test_figures_of_the_default_recipe_are_those_of_its_result():
         assert f"{metrics['peak_memory_bytes']['mean'] / 1e9:.1f} GB" in text
 
 
+def test_figures_of_the_default_recipe_in_float32_are_those_of_its_result():
+    metrics = json.loads((RESULTS / "fast92-float32.json").read_text())["metrics"]
+    readme, told = (ROOT / "README.md").read_text(), RECIPES["fast92"].__doc__ or ""
+    for text in (readme, told):
+        assert f"{metrics['test_accuracy']['mean']:.2%}" in text
+        assert f"{metrics['test_accuracy_tta']['mean']:.2%} by six views" in text
+    assert f"| {metrics['validation_accuracy']['mean']:.2%} |" in readme
+    assert f"{metrics['train_seconds']['mean'] / 60:.0f} with the judgement by six views" in readme
+    assert f"{metrics['peak_memory_bytes']['mean'] / 1e9:.1f} GB" in readme
+
+
+def test_figures_of_the_mixture_and_of_the_step_are_those_of_their_results():
+    page = (ROOT / "docs" / "speed.md").read_text()
+    mixture = json.loads((RESULTS / "mixture.json").read_text())["metrics"]
+    for shape in ("64->64@32", "128->128@16", "256->256@8", "512->512@4"):
+        channels, side = shape.partition("->")[0], shape.rpartition("@")[2]
+        for batch in (128, 1):
+            row = mixture[f"{shape} kernels 3 3 3 3 batch {batch}"]
+            told = f"{row['chosen']}, {row['times_static'][row['chosen']]['median']:.2f}"
+            assert re.search(rf"\| {channels} at {side}x{side} \|.*{re.escape(told)}", page), (shape, batch, told)
+    steps = json.loads((RESULTS / "train_speed.json").read_text())["metrics"]
+    for recipe in ("fast92", "coursework"):
+        found = steps[recipe]
+        rate, times = found["images_per_second"]["median"], found["times_plain"]["median"]
+        share = found["literal_flops_over_peak"]["value"]
+        assert f"| `{recipe}` | {rate:.0f} | {times:.2f}x | {share:.0%} |" in page
+
+
 def test_figures_of_exported_files_and_of_the_check_are_those_of_their_results():
     shipped = json.loads((RESULTS / "export.json").read_text())["metrics"]
     page = (ROOT / "docs" / "ship.md").read_text()

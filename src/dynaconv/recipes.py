@@ -1,6 +1,7 @@
 """The named recipes: functions that return a complete Recipe, each with its command, cost and measured result."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 from dynaconv.recipe import Recipe, with_settings
 
@@ -24,7 +25,8 @@ def fast92() -> Recipe:
 
     Command: dynaconv train fast92 --data cifar10
     Cost: 16 epochs of 54 s in the median, 1.9 GB of memory, on two cores with bfloat16, other jobs running at first.
-    Result on CIFAR-10: 92.75% of the test images, all training images used, 1 seed (benchmarks/results/fast92.json).
+    Result on CIFAR-10: 92.75% of the test images, all training images used, 1 seed (benchmarks/results/fast92.json);
+    in float32, a tenth held out for validation, 92.83%, 93.59% by six views (benchmarks/results/fast92-float32.json).
     """
     return with_settings(
         Recipe(name="fast92"),
@@ -56,7 +58,19 @@ def fast92() -> Recipe:
     )
 
 
-RECIPES: dict[str, Callable[[], Recipe]] = {"coursework": coursework, "fast92": fast92}
+def fast94() -> Recipe:
+    """The network of fast92, trained for longer with larger shifts, judged by six views of each image.
+
+    Command: dynaconv train fast94 --data cifar10
+    Cost: a quarter more than fast92.
+    Result on CIFAR-10: not measured yet.
+    """
+    # fast92 gains nothing from more epochs: ten of them or sixteen leave the same validation accuracy in float32, with
+    # 98.8% of the training images learned. Shifts of four pixels keep the images new for longer.
+    return with_settings(replace(fast92(), name="fast94"), translate=0.125, epochs=20, views="six")
+
+
+RECIPES: dict[str, Callable[[], Recipe]] = {recipe.__name__: recipe for recipe in (coursework, fast92, fast94)}
 """Every recipe by name."""
 
 DEFAULT = "fast92"

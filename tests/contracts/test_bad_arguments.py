@@ -38,7 +38,10 @@ KNOWN_SETTINGS_START = "--data, --run-dir, --seeds, --check-resume, --check-repe
             ["train", "--checkpoint-every", "often"],
             "--checkpoint-every takes a time above zero, as 90s, 15m or 1.5h, received 'often'.",
         ),
-        (["train", "coursewrok"], "Unknown recipe 'coursewrok'. Did you mean 'coursework'? Known: coursework, fast92."),
+        (
+            ["train", "coursewrok"],
+            "Unknown recipe 'coursewrok'. Did you mean 'coursework'? Known: coursework, fast92, fast94.",
+        ),
         (
             ["train", "none.json"],
             "The recipe none.json cannot be read: [Errno 2] No such file or directory: 'none.json'.",
