@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import os
+import statistics
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -285,7 +286,7 @@ def _describe_outcome(
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "forward_flops": count_flops(model, channels, side),
         "training_flops": 3 * len(data.train) * sum(passes),
-        "images_per_second": sum(epoch.images_per_second for epoch in history) / len(history),
+        "images_per_second": statistics.harmonic_mean([epoch.images_per_second for epoch in history]),
         "train_accuracy": history[-1].training_accuracy,
         "train_loss": history[-1].training_loss,
         "validation_accuracy": validation.accuracy if validation else None,

@@ -137,6 +137,26 @@ def test_robustness_is_shown_where_it_was_judged(runs, tmp_path):
     assert "own: 50.00% on average; worst: fog at severity 1, 50.00%." in path.read_text()
 
 
+def test_views_that_were_asked_for_are_shown_beside_the_one(runs, tmp_path):
+    shutil.copytree(runs / "run0", tmp_path / "run")
+    run = RunDir.open(tmp_path / "run")
+    run.write_recipe(with_settings(SMALL, views="six"))
+    run.write_json("result.json", {**run.read_json("result.json"), "test_accuracy_tta": 0.4321})
+    page, card = (path.read_text() for path in write_report([run.path]))
+    assert "43.21% with six views of each" in page
+    assert "| test accuracy, six views averaged | 43.21% |" in card
+
+
+def test_labels_of_cells_have_a_colour_that_does_not_follow_the_page(runs, tmp_path):
+    shutil.copytree(runs / "run0", tmp_path / "run")
+    evaluate_run(tmp_path / "run", mixture=True, say=lambda line: None)
+    (path, _) = write_report([tmp_path / "run"])
+    labels = re.findall(r'<text style="([^"]*)"[^>]*>-?[0-9]+\.[0-9]{2}</text>', path.read_text())
+    labels = [style for style in labels if "font-size: 7px" in style]
+    assert len(labels) >= 10
+    assert all(re.search(r"fill: #(f8f8f8|111111)", style) for style in labels)
+
+
 def test_what_has_no_report(runs, tmp_path, capsys):
     assert main(["report"]) == 2
     assert "needs the folder of a run" in capsys.readouterr().err

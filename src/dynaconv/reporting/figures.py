@@ -103,7 +103,8 @@ def draw_mixture(view: dict[str, Any]) -> Figure:
         for y, row in enumerate(rows):
             for x, value in enumerate(row):
                 dark = abs(apart[x][y]) > 1.0
-                colour = "white" if dark else "black"
+                # Not pure black or white: those follow the page, light or dark, where the cell behind them does not.
+                colour = "#f8f8f8" if dark else "#111111"
                 axes.text(x, y, f"{value:.2f}", ha="center", va="center", fontsize=7, color=colour)
         axes.set_xticks(range(counts[place]), [f"{side}x{side}" for side in block["kernel_sizes"]], fontsize=7)
         axes.set_yticks(range(len(rows)), view["classes"] if place == 0 else [""] * len(rows), fontsize=8)
