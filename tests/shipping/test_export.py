@@ -3,6 +3,7 @@
 import hashlib
 import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -402,6 +403,21 @@ def test_verification_of_a_folder_compares_probabilities_with_the_certificate(ex
     beside.write_text(json.dumps(own))
     with pytest.raises(WorkError, match="other probabilities here"):
         verify_file(tmp_path / "copy.onnx", str(folder), say=quiet)
+
+
+@pytest.mark.parametrize("words", [["predict", "model.onnx", "picture.png"], ["export", "run", "--int8"]])
+def test_onnxruntime_leaves_no_trace_of_its_telemetry(run, exported, tmp_path, words):
+    shutil.copy(exported[0], tmp_path / "model.onnx")
+    shutil.copy(f"{exported[0]}.certificate.json", tmp_path / "model.onnx.certificate.json")
+    shutil.copytree(run, tmp_path / "run", ignore=shutil.ignore_patterns("*.onnx*"))
+    Image.new("RGB", (8, 8)).save(tmp_path / "picture.png")
+    home = {"HOME": str(tmp_path / "home"), "XDG_CACHE_HOME": str(tmp_path / "home" / "cache")}
+    environment = {name: value for name, value in os.environ.items() if name != "ORT_DISABLE_TELEMETRY"}
+    command = [sys.executable, "-m", "dynaconv", *words]
+    done = subprocess.run(command, cwd=tmp_path, env=environment | home, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    # It stores an identifier of the machine before it sends anything.
+    assert not [path for path in tmp_path.rglob("*") if "onnxruntime" in path.name or path.name == "deviceid"]
 
 
 def test_files_that_are_no_exported_classifier(exported, tmp_path):

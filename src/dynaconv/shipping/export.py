@@ -30,7 +30,14 @@ from dynaconv.judging.trained import load_judged_images
 from dynaconv.model.network import Block
 from dynaconv.shipping.certificate import SAME, SAMPLE, Side, certify, hash_weights, tell, to_text
 from dynaconv.shipping.classifier import Classifier, load_classifier, to_probabilities
-from dynaconv.shipping.portable import FACTS, FORMAT, PortableClassifier, as_layout, certificate_of
+from dynaconv.shipping.portable import (
+    FACTS,
+    FORMAT,
+    PortableClassifier,
+    as_layout,
+    certificate_of,
+    import_onnxruntime,
+)
 
 OPSET = 20
 CALIBRATION_IMAGES = 512
@@ -260,6 +267,7 @@ def _save(model: Any, path: Path, facts: dict[str, Any]) -> None:
 
 def _quantize(whole: Path, target: Path, found: ImageSet, layout: str) -> None:
     """Turns a float32 file into one with 8-bit weights and activations, with ranges from training images."""
+    import_onnxruntime()
     from onnxruntime.quantization import CalibrationDataReader, QuantFormat, QuantType, quantize_static
     from onnxruntime.quantization.shape_inference import quant_pre_process
 

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -38,7 +39,7 @@ class PortableClassifier(PictureClassifier):
             UserError: it is no file that `dynaconv export` made, it is damaged or newer, or it is not the one that its
                 certificate, if there is one beside it, belongs to.
         """
-        runtime = _onnxruntime()
+        runtime = import_onnxruntime()
         try:
             content = read_bounded(path, MOST_BYTES)
         except OSError as error:
@@ -128,7 +129,16 @@ def _read_facts(stored: str | None, path: Path) -> dict[str, Any]:
     return facts
 
 
-def _onnxruntime() -> Any:
+def import_onnxruntime() -> Any:
+    """Imports onnxruntime, which then reports nothing to its makers.
+
+    Since 1.32 it keeps an identifier of the machine in the user's cache folder and sends events from Linux as well.
+    `disable_telemetry_events` comes too late for both; the variable is read at import, and one that is set is kept.
+
+    Raises:
+        UserError: it is not installed.
+    """
+    os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
     try:
         import onnxruntime
     except ImportError as error:
