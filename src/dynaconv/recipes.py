@@ -1,5 +1,6 @@
 """The named recipes: functions that return a complete Recipe, each with its command, cost and measured result."""
 
+import math
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -75,3 +76,49 @@ RECIPES: dict[str, Callable[[], Recipe]] = {recipe.__name__: recipe for recipe i
 
 DEFAULT = "fast92"
 """The recipe of `dynaconv train` without a name."""
+
+REACHED: dict[str, dict[int, float]] = {"fast92": {4: 0.8958, 16: 0.9272}}
+"""Share of the CIFAR-10 validation images, one view, by recipe and epochs: benchmarks/results/frontier.json."""
+
+
+def expected_accuracy(recipe: Recipe) -> str | None:
+    """Tells what a recipe can be expected to reach on CIFAR-10, from the lengths that were measured.
+
+    Between two of them the error is taken to fall as a power of the epochs.
+
+    Returns:
+        A sentence; None for other data, other settings than those of a named recipe, or one that was not measured.
+
+    Example:
+        >>> expected_accuracy(with_settings(fast92(), source="cifar10"))
+        'fast92 reached 92.7% of the CIFAR-10 validation images in 16 epochs.'
+    """
+    reached = REACHED.get(recipe.name)
+    if reached is None or not _is_as_named(recipe):
+        return None
+    epochs, shortest, longest = recipe.train.epochs, min(reached), max(reached)
+    if epochs in reached:
+        return f"{recipe.name} reached {reached[epochs]:.1%} of the CIFAR-10 validation images in {epochs} epochs."
+    if epochs < shortest:
+        return f"Expect less than {reached[shortest]:.1%} of the validation images, which takes {shortest} epochs."
+    if epochs > longest:
+        return f"Expect about {reached[longest]:.1%} of the validation images, measured with {longest} epochs."
+    below, above = (max(each for each in reached if each < epochs), min(each for each in reached if each > epochs))
+    share = math.log(epochs / below) / math.log(above / below)
+    error = (1 - reached[below]) ** (1 - share) * (1 - reached[above]) ** share
+    return (
+        f"Expect about {1 - error:.1%} of the validation images: {reached[below]:.1%} were reached in {below} epochs, "
+        f"{reached[above]:.1%} in {above}."
+    )
+
+
+def _is_as_named(recipe: Recipe) -> bool:
+    """Whether all that decides what is learned, its epochs apart, is that of the named recipe on CIFAR-10."""
+    named = with_settings(RECIPES[recipe.name](), source="cifar10")
+    data = ("source", "image_size", "channels", "max_train_images", "without")
+    steps = ("batch_size", "accumulation_steps", "train_scales")
+    return (recipe.augment, recipe.model, recipe.optim) == (named.augment, named.model, named.optim) and all(
+        getattr(mine, name) == getattr(theirs, name)
+        for mine, theirs, names in ((recipe.data, named.data, data), (recipe.train, named.train, steps))
+        for name in names
+    )

@@ -88,7 +88,7 @@ class StaticBlock(nn.Module):
     def __init__(self, kernel: torch.Tensor) -> None:
         """Takes the mixed kernel, (O, C, R, R) with R odd, to which the shortcut is added here."""
         super().__init__()
-        self.pool = nn.AdaptiveAvgPool2d(1)
+        self.pool = nn.AdaptiveAvgPool2d(1)  # not of the forward pass: what tells strange pictures looks through it
         outputs, channels, side, _ = kernel.shape
         kernel = kernel.clone()
         kernel[:, :, side // 2, side // 2] += torch.eye(outputs, channels, dtype=kernel.dtype, device=kernel.device)
