@@ -31,8 +31,8 @@ VARIANTS: dict[str, str] = {
     "cosine per epoch": "--epochs 5 --schedule cosine",
     "batch norm momentum 0.1": "--epochs 5 --norm-momentum 0.1",
 }
-"""What is changed, and how, as words of `dynaconv train fast92`; five epochs take each of the recipe's image sizes for one
-of its five phases, which four would not."""
+"""What is changed, and how, as words of `dynaconv train fast92`. In five epochs each of the recipe's five phases has
+one, which in four it has not."""
 
 
 def main() -> None:

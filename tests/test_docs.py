@@ -91,6 +91,17 @@ def test_figures_of_the_default_recipe_in_float32_are_those_of_its_result():
     assert f"{metrics['peak_memory_bytes']['mean'] / 1e9:.1f} GB" in readme
 
 
+def test_figures_of_fast94_are_those_of_its_result():
+    metrics = json.loads((RESULTS / "fast94.json").read_text())["metrics"]
+    for text in ((ROOT / "README.md").read_text(), RECIPES["fast94"].__doc__ or ""):
+        assert f"{metrics['test_accuracy']['mean']:.2%}" in text
+        assert f"{metrics['test_accuracy_tta']['mean']:.2%} by six views" in text
+        assert f"{metrics['validation_accuracy']['mean']:.2%}" in text
+        assert f"{metrics['train_seconds']['mean'] / 60:.0f} minutes on one core" in text
+        assert f"{metrics['peak_memory_bytes']['mean'] / 1e9:.1f} GB" in text
+        assert f"{len(metrics['test_accuracy']['values'])} seed" in text
+
+
 def test_figures_of_the_mixture_and_of_the_step_are_those_of_their_results():
     page = (ROOT / "docs" / "speed.md").read_text()
     mixture = json.loads((RESULTS / "mixture.json").read_text())["metrics"]

@@ -6,6 +6,8 @@ import shutil
 import pyarrow.parquet as pq
 import pytest
 import torch
+from PIL import Image
+from sklearn.datasets import load_digits
 
 from dynaconv.cli import main
 from dynaconv.errors import UserError
@@ -74,6 +76,28 @@ def test_evaluating_again_gives_the_same_and_counts_the_look(run):
     assert len(run.looks()) == 2
     evaluate_run(run.path, "validation", say=quiet)
     assert len(run.looks()) == 2
+
+
+def test_images_in_a_folder_are_found_from_anywhere_and_where_they_went_to(tmp_path, monkeypatch, capsys):
+    digits = load_digits()
+    for place in range(200):
+        folder = tmp_path / "pictures" / str(digits.target[place] % 2)
+        folder.mkdir(parents=True, exist_ok=True)
+        Image.fromarray((digits.images[place] * 15).astype("uint8")).save(folder / f"{place}.png")
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "run"
+    run_experiment(with_settings(SMALL, source="pictures", epochs=1), path, quiet)
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    before = evaluate_run(path, say=quiet)
+    (tmp_path / "pictures").rename(tmp_path / "moved")
+    assert main(["evaluate", str(path)]) == 2
+    assert f"were in {tmp_path / 'pictures'}, which is not there from here; name" in capsys.readouterr().err
+    assert main(["evaluate", str(path), "--data", "../moved"]) == 0
+    assert RunDir.open(path).read_json("evaluation-validation.json") == before
+    (path / "split.json").write_text('{"validation": [1, 100000]}')
+    with pytest.raises(UserError, match="names images that there are not"):
+        evaluate_run(path, source="../moved", say=quiet)
 
 
 def test_views_are_stored_beside_the_plain_figures(run):

@@ -39,7 +39,7 @@ def test_what_exists_is_never_overwritten(tmp_path, kind):
         (path / "precious").write_text("mine")
     with pytest.raises(UserError) as error:
         RunDir.create(path)
-    assert str(error.value) == f"The run folder {path} exists already; name another with --run-dir or remove it."
+    assert str(error.value) == f"The folder {path} exists already; name another with --run-dir or remove it."
 
 
 def test_an_empty_folder_is_taken(tmp_path):

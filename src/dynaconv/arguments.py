@@ -124,8 +124,8 @@ def parse_check(words: list[str]) -> Any:
 def parse_evaluate(words: list[str]) -> Any:
     """Parses RUN [--split S] [--views V] [--mixture] [--explain] [--robustness] [--neighbours] [...].
 
-    Returns an object with the attributes run, split, views, mixture, explain, robustness, neighbours, cifar10_c and
-    cifar10_1; errors as `parse_training`.
+    Returns an object with the attributes run, split, views, mixture, explain, robustness, neighbours, cifar10_c,
+    cifar10_1 and data; errors as `parse_training`.
     """
     words = take_folders(words, "evaluate", "dynaconv evaluate runs/first", ["run"])
     kinds = Literal["validation", "test"]
@@ -140,10 +140,13 @@ def parse_evaluate(words: list[str]) -> Any:
         option(Literal["one", "mirror", "six"], "views", "Views of an image whose logits are averaged.", "one"),
         option(bool, "mixture", "Describe the mixing weights of every block, and what is lost without them.", False),
         option(bool, "explain", "Show where the network looked in its surest mistakes (needs captum).", False),
-        option(bool, "robustness", "Judge 2,000 images under 14 corruptions at 5 severities as well.", False),
+        option(
+            bool, "robustness", "Judge 2,000 images under 14 corruptions (grey: 13) at 5 severities as well.", False
+        ),
         option(bool, "neighbours", "Keep training images in the run, so that `serve` shows the most alike.", False),
         option(Path | None, "cifar10_c", "Folder with the files of CIFAR-10-C, to judge on as well."),
         option(Path | None, "cifar10_1", "Folder with the files of CIFAR-10.1 v6, to judge on as well."),
+        option(str | None, "data", "Where the run's images are now. None takes the source that the run names."),
     )
 
 
@@ -184,7 +187,7 @@ def parse_export(words: list[str]) -> Any:
     Returns an object with these attributes and the run as `run`; errors as `parse_training`.
     """
     words = take_folders(words, "export", "dynaconv export runs/first", ["run"])
-    return parse_options(
+    options = parse_options(
         words,
         "export RUN",
         "Writes a run's classifier as one file to run elsewhere, and its certificate beside it.",
@@ -210,6 +213,9 @@ def parse_export(words: list[str]) -> Any:
         option(str | None, "data", "Where the run's images are now. None takes the source that the run names."),
         option(bool, "overwrite", "Replace a file that is there.", False),
     )
+    if not 0 <= options.max_drop <= 1:
+        raise UserError(f"--max-drop must be from 0 to 1, received {options.max_drop:g}.")
+    return options
 
 
 def parse_serve(words: list[str]) -> Any:

@@ -56,7 +56,7 @@ examples:
   dynaconv train --data my-pictures --epochs 20    a folder with one folder per class
   dynaconv train runs/first/recipe.json            the same run again
 
-exit codes: 0 done, 1 the work failed, 2 something to change in the command or the data, 130 stopped
+exit codes: 0 done, 1 the work failed, 2 something to change in the command or the data, 130 stopped (a server: 0)
 """
 
 
@@ -157,7 +157,8 @@ def evaluate(words: "list[str]", people: "TextIO", started: float) -> "dict[str,
     stop_on_sigterm()
     say, _ = display(people)
     wanted = (options.mixture, options.explain, options.robustness, options.neighbours)
-    return evaluate_run(options.run, options.split, options.views, *wanted, options.cifar10_c, options.cifar10_1, say)
+    others = (options.cifar10_c, options.cifar10_1, options.data)
+    return evaluate_run(options.run, options.split, options.views, *wanted, *others, say)
 
 
 def compare(words: "list[str]", people: "TextIO", started: float) -> "dict[str, Any]":

@@ -40,7 +40,7 @@ def check_source(source: str, into: Path | None = None, say: Callable[[str], Non
     """
     started = time.perf_counter()
     if into is not None:
-        RunDir.require_free(into)
+        RunDir.require_free(into, "--into")
     keep_freed_memory()
     use_threads(0)
     notices: list[str] = []

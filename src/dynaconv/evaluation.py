@@ -26,7 +26,15 @@ from dynaconv.judging.judgement import Calibration, calibrate, judge, tell, wors
 from dynaconv.judging.mixing import view_mixture
 from dynaconv.judging.neighbours import collect_neighbours
 from dynaconv.judging.robustness import Robustness, judge_blocks, judge_robustness, read_cifar10_1, read_cifar10_c
-from dynaconv.judging.trained import Trained, load_judged_images, load_trained, read_side, require_finished, runs_in
+from dynaconv.judging.trained import (
+    Trained,
+    load_judged_images,
+    load_trained,
+    read_side,
+    require_finished,
+    runs_in,
+    with_source,
+)
 from dynaconv.model.network import Network
 from dynaconv.recipe import Recipe
 from dynaconv.reporting.figures import draw_mixture, draw_pictures, save_figure, to_png
@@ -123,6 +131,7 @@ def evaluate_run(
     neighbours: bool = False,
     cifar10_c: Path | None = None,
     cifar10_1: Path | None = None,
+    source: str | None = None,
     say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Judges the network of a finished run again, and stores what was found in its folder.
@@ -137,6 +146,7 @@ def evaluate_run(
         neighbours: Keep training images and where the network puts them, so that `serve` shows the most alike.
         cifar10_c: Folder with the files of CIFAR-10-C, judged as well.
         cifar10_1: Folder with the files of CIFAR-10.1, judged as well.
+        source: Where the run's images are now; None takes the source that the run names.
         say: Shows a line to the user.
 
     Returns:
@@ -147,6 +157,8 @@ def evaluate_run(
     """
     device = pick_device("auto")
     trained = load_finished(path, device)
+    if source is not None:
+        trained = with_source(trained, source)
     keep_freed_memory()
     use_threads(trained.recipe.train.threads)
     if (cifar10_c or cifar10_1) and trained.classes != CLASSES:
@@ -298,7 +310,7 @@ def compare_runs(
         UserError: no finished runs, or not judged on the same images.
     """
     if into is not None:
-        RunDir.require_free(into)
+        RunDir.require_free(into, "--into")
     names = (str(first), str(second))
     if first.resolve() == second.resolve():
         raise UserError(f"{first} and {second} are the same folder; compare two runs.")

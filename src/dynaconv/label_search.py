@@ -36,7 +36,7 @@ def search_label_errors(
     Raises:
         UserError: the source cannot be used, or the folder holds something already.
     """
-    RunDir.require_free(into)
+    RunDir.require_free(into, "--into")
     started = time.time()
     device = pick_device(recipe.train.device)
     precision = pick_precision(recipe.train.precision, device, say)

@@ -47,14 +47,14 @@ class RunDir:
         return cls(path)
 
     @staticmethod
-    def require_free(path: Path) -> None:
-        """Raises UserError if `path` holds anything: a run is never overwritten."""
+    def require_free(path: Path, option: str = "--run-dir") -> None:
+        """Raises UserError if `path`, which `option` names, holds anything: what is there is never overwritten."""
         try:
             taken = path.is_symlink() or (path.exists() and (not path.is_dir() or any(path.iterdir())))
         except OSError as error:
-            raise UserError(f"The run folder {path} cannot be read: {error.strerror or error}.") from error
+            raise UserError(f"The folder {path} cannot be read: {error.strerror or error}.") from error
         if taken:
-            raise UserError(f"The run folder {path} exists already; name another with --run-dir or remove it.")
+            raise UserError(f"The folder {path} exists already; name another with {option} or remove it.")
 
     @classmethod
     def open(cls, path: Path) -> "RunDir":
@@ -73,11 +73,14 @@ class RunDir:
         with writing_whole(self.path / name) as temporary:
             temporary.write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
 
-    def read_json(self, name: str) -> Any:
-        """Reads a JSON document of the run; raises UserError if it is missing or damaged."""
+    def read_json(self, name: str, kind: type = dict) -> Any:
+        """Reads a JSON document of the run, an object unless told; raises UserError if it is missing or damaged."""
         path = self.path / name
         try:
-            return json.loads(read_bounded(path, MOST_JSON_BYTES))
+            document = json.loads(read_bounded(path, MOST_JSON_BYTES))
+            if not isinstance(document, kind):
+                raise ValueError("it holds something else than it should")
+            return document
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{path} cannot be read ({error}); the run did not get that far or was altered.") from error
 
@@ -101,7 +104,10 @@ class RunDir:
     def read_metrics(self) -> list[dict[str, Any]]:
         """Reads metrics.jsonl, one dictionary per epoch."""
         try:
-            return [json.loads(line) for line in read_bounded(self.path / METRICS, MOST_JSON_BYTES).splitlines()]
+            epochs = [json.loads(line) for line in read_bounded(self.path / METRICS, MOST_JSON_BYTES).splitlines()]
+            if not all(isinstance(epoch, dict) for epoch in epochs):
+                raise ValueError("a line holds something else than an epoch")
+            return epochs
         except (OSError, ValueError, RecursionError) as error:
             raise UserError(f"{self.path / METRICS} cannot be read: {error}.") from error
 
@@ -197,8 +203,8 @@ class RunDir:
         if not (self.path / LOOKS).exists():
             ended = (self.path / RESULT).exists()  # a run from before looks were listed: its end was one
             return [{"time": None, "command": "the end of the training"}] if ended else []
-        looks = self.read_json(LOOKS)
-        if not isinstance(looks, list):
+        looks = self.read_json(LOOKS, list)
+        if not all(isinstance(look, dict) and {"time", "command"} <= look.keys() for look in looks):
             raise UserError(f"{self.path / LOOKS} is no list of looks; it was altered.")
         return looks
 

@@ -171,6 +171,33 @@ def test_what_has_no_report(runs, tmp_path, capsys):
         write_report([tmp_path / "run"])
 
 
+@pytest.mark.parametrize("content", ['{"a": 1}', "[1, 2]", "3", '{"a": [1, {"b": NaN}]}'])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "result.json",
+        "environment.json",
+        "evaluation-test.json",
+        "evaluation-validation.json",
+        "metrics.jsonl",
+        "pictures-test.json",
+        "looks.json",
+        "split.json",
+    ],
+)
+def test_json_of_another_form_than_a_run_writes_ends_in_a_sentence(runs, tmp_path, name, content, capsys):
+    run = tmp_path / "run"
+    shutil.copytree(runs / "run0", run)
+    (run / name).write_text(content)
+    before = sorted(path.name for path in run.iterdir())
+    if name == "split.json" and content.startswith("{"):  # the report tells what else there is
+        assert main(["report", str(run)]) == 0
+        return
+    assert main(["report", str(run)]) == 2
+    assert capsys.readouterr().err.startswith("dynaconv: ")
+    assert sorted(path.name for path in run.iterdir()) == before
+
+
 @pytest.mark.parametrize("splits", [("validation",), ("validation", "test")])
 def test_explained_mistakes_are_shown_those_on_test_images_first(runs, tmp_path, splits):
     run = tmp_path / "run"

@@ -420,6 +420,25 @@ def test_onnxruntime_leaves_no_trace_of_its_telemetry(run, exported, tmp_path, w
     assert not [path for path in tmp_path.rglob("*") if "onnxruntime" in path.name or path.name == "deviceid"]
 
 
+@pytest.mark.parametrize("drop", ["nan", "-1", "5"])
+def test_what_may_be_lost_is_a_share(run, tmp_path, capsys, drop):
+    assert main(["export", str(run), "--into", str(tmp_path / "none.onnx"), "--max-drop", drop]) == 2
+    assert f"--max-drop must be from 0 to 1, received {drop}" in capsys.readouterr().err
+    assert main(["export", str(run), "--into", str(tmp_path), "--overwrite"]) == 2
+    assert "is a folder; name a file with --into" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("verb", [["verify"], ["predict"]])
+def test_a_file_of_torch_export_is_named_as_one(tmp_path, capsys, verb):
+    (tmp_path / "model.pt2").write_bytes(b"PK")
+    (tmp_path / "model.pt2.certificate.json").write_text("{}")
+    Image.new("RGB", (8, 8)).save(tmp_path / "picture.png")
+    pictures = [str(tmp_path / "picture.png")] if verb == ["predict"] else []
+    assert main([*verb, str(tmp_path / "model.pt2"), *pictures]) == 2
+    assert "is a file of torch.export" in capsys.readouterr().err
+
+
 def test_files_that_are_no_exported_classifier(exported, tmp_path):
     (tmp_path / "text.onnx").write_text("no model")
     with pytest.raises(UserError, match="no model that onnxruntime can open"):

@@ -92,8 +92,16 @@ def test_exports_go_along_with_their_certificates_only(run, tmp_path, monkeypatc
     (tmp_path / "run" / "model.onnx").write_bytes(b"onnx")
     (tmp_path / "run" / "model.onnx.certificate.json").write_text('{"source": "/data/somebody/digits"}')
     (tmp_path / "run" / "other.onnx").write_bytes(b"onnx")
+    (tmp_path / "run" / "model.pt2").write_bytes(b"torch")
+    (tmp_path / "run" / "model.pt2.certificate.json").write_text("{}")
     names = publish_run(tmp_path / "run", tmp_path / "into", None, False, quiet)
-    assert sorted(set(names) - set(ALWAYS)) == ["model.onnx", "model.onnx.certificate.json"]
+    assert sorted(set(names) - set(ALWAYS)) == [
+        "model.onnx",
+        "model.onnx.certificate.json",
+        "model.pt2",
+        "model.pt2.certificate.json",
+    ]
+    assert publish_run(tmp_path / "run", tmp_path / "into", None, True, quiet) == names
     assert json.loads((tmp_path / "into" / "model.onnx.certificate.json").read_text()) == {"source": "digits"}
     assert "license" not in (tmp_path / "into" / "README.md").read_text().split("---")[1]
 
@@ -104,14 +112,26 @@ def test_nothing_of_others_is_replaced(run, tmp_path, capsys):
     assert main(words) == 0
     assert main(words) == 2
     assert "say --overwrite" in capsys.readouterr().err
-    (into / "extra").touch()
     assert main([*words, "--overwrite"]) == 0
-    assert not (into / "extra").exists()
+    (tmp_path / "link").symlink_to(into)
+    assert main([*words[:-1], str(tmp_path / "link"), "--overwrite"]) == 2
+    assert "link is no folder" in capsys.readouterr().err
+    (tmp_path / "link").unlink()
+    for name in ("notes.txt", ".git/HEAD", "figures/mine.png"):
+        (into / name).parent.mkdir(exist_ok=True)
+        (into / name).write_text("mine")
+        assert main([*words, "--overwrite"]) == 2
+        assert f"holds {name.partition('/HEAD')[0]}, which no publication wrote" in capsys.readouterr().err
+        assert (into / name).read_text() == "mine"
+        (into / name).unlink()
+        if name.startswith(".git"):
+            (into / ".git").rmdir()
     shutil.rmtree(into)
     into.mkdir()
-    (into / "thesis.txt").touch()
+    (into / "README.md").write_text("a model of somebody else")
+    (into / "model.safetensors").touch()
     assert main([*words, "--overwrite"]) == 2
-    assert "holds something; name another with --into" in capsys.readouterr().err
+    assert "holds README.md, which no publication wrote" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
 
 

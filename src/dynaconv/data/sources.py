@@ -71,7 +71,7 @@ def resolve(source: str, options: SourceOptions) -> str:
         options: Of these, `offline` and `notify` matter here.
 
     Returns:
-        The source, never "auto".
+        The source, never "auto"; of a path the absolute one.
 
     Raises:
         UserError: an unknown word, a path that is not there or no source, or a bad hub name.
@@ -91,7 +91,7 @@ def resolve(source: str, options: SourceOptions) -> str:
         raise UserError(f"The source {source} cannot be looked at: {reason.lower()}.") from error
     if is_there:
         _reader_of(path)
-        return source
+        return str(path.absolute())  # a run is read again from other folders than the one that it was started in
     if path.suffix or len(path.parts) > 1 or path.is_absolute():
         raise UserError(f"There is no {source}; check --data, which takes {', '.join(NAMED)}, {_OTHER_FORMS}.")
     error = unknown("source", source, NAMED)

@@ -112,7 +112,7 @@ def tell(document: dict[str, Any], split: str) -> list[str]:
     lines.append(f"  weakest class: {weakest['name']}, {weakest['recall']:.2%} of {weakest['images']} images")
     if document["confused"]:
         actual, predicted, count = document["confused"][0]
-        lines.append(f"  most confused: {actual} taken for {predicted}, {count} images")
+        lines.append(f"  most confused: {actual} taken for {predicted}, {count} {'image' if count == 1 else 'images'}")
     return lines
 
 

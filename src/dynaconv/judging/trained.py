@@ -1,17 +1,17 @@
 """What a run has trained, read back from its folder: the network with its weights, and what it was trained on."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
 from dynaconv.data.images import ImageSet
-from dynaconv.data.sources import SourceOptions, load_images
+from dynaconv.data.sources import NAMED, SourceOptions, load_images
 from dynaconv.errors import UserError
 from dynaconv.judging.comparison import Judged
 from dynaconv.model.network import Network, build_network
-from dynaconv.recipe import ModelSettings, Recipe
+from dynaconv.recipe import ModelSettings, Recipe, with_settings
 from dynaconv.recipe_json import read_settings
 from dynaconv.rundir import RESULT, RunDir
 
@@ -95,6 +95,11 @@ def read_side(path: Path, split: str) -> list[Judged]:
     return side
 
 
+def with_source(trained: Trained, source: str) -> Trained:
+    """Returns the outcome of a run whose images are elsewhere by now: what `train --data` takes."""
+    return replace(trained, recipe=with_settings(trained.recipe, source=source))
+
+
 def load_judged_images(trained: Trained, split: str, options: SourceOptions) -> ImageSet:
     """Reads the images that a run validated on, or the test images of its source.
 
@@ -108,18 +113,34 @@ def load_judged_images(trained: Trained, split: str, options: SourceOptions) -> 
     """
     source = trained.recipe.data.source
     if split == "test":
-        return load_images(source, "test", options).with_classes(trained.classes)
+        return _load_images(trained, "test", options).with_classes(trained.classes)
     chosen = trained.run.read_json("split.json").get("validation", [])
     if not chosen:
         raise UserError(f"The run {trained.run.path} held no image out for validation; judge it with --split test.")
-    images = load_images(source, "train", options)
+    images = _load_images(trained, "train", options)
     expected = trained.run.read_json("environment.json").get("data_sha256")
     if images.sha256() != expected:
         raise UserError(
             f"The images of {source} are not those that {trained.run.path} was trained on; its validation images "
             "cannot be told from its training images."
         )
+    if not isinstance(chosen, list) or not all(type(place) is int and 0 <= place < len(images) for place in chosen):
+        raise UserError(f"{trained.run.path / 'split.json'} names images that there are not; it was altered.")
     return images.subset(torch.tensor(chosen)).with_classes(trained.classes)
+
+
+def _load_images(trained: Trained, split: Literal["train", "test"], options: SourceOptions) -> ImageSet:
+    """Reads a split of the run's source; where that is not there any more, says what can be done."""
+    source = trained.recipe.data.source
+    try:
+        return load_images(source, split, options)
+    except UserError as error:
+        if source in NAMED or source.startswith("hf:") or Path(source).exists():
+            raise
+        raise UserError(
+            f"The images of {trained.run.path} were in {source}, which is not there from here; name where they are now "
+            "with --data."
+        ) from error
 
 
 def _part(document: dict[str, Any], name: str, kind: type, where: str) -> Any:

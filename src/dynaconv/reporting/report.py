@@ -1,10 +1,11 @@
 """The report of one run or several: one HTML page that needs nothing else, and a model card, from run folders alone."""
 
+import contextlib
 import io
 import math
 import re
 import shlex
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,16 +40,16 @@ def write_report(paths: Sequence[Path], into: Path | None = None) -> list[Path]:
     Raises:
         UserError: a folder is no run, or one that has not finished, or holds no judgement.
     """
-    runs = [_read(path) for path in paths]
     page = into or paths[0] / "report.html"
-    facts = {"run": runs[0], "runs": runs, "comparisons": _compare(paths), "version": __version__}
-    written: list[Path] = []
-    for name, path in (("report.html", page), ("model-card.md", page.with_name("model-card.md"))):
-        text = _templates().get_template(name).render(facts)
+    files = {"report.html": page, "model-card.md": page.with_name("model-card.md")}
+    with _refusing_altered(paths):
+        runs = [_read(path) for path in paths]
+        facts = {"run": runs[0], "runs": runs, "comparisons": _compare(paths), "version": __version__}
+        texts = {name: _templates().get_template(name).render(facts) for name in files}
+    for name, path in files.items():
         with writing_whole(path) as temporary:
-            temporary.write_text(text, encoding="utf-8")
-        written.append(path)
-    return written
+            temporary.write_text(texts[name], encoding="utf-8")
+    return list(files.values())
 
 
 def render_card(path: Path, source: str) -> str:
@@ -61,10 +62,27 @@ def render_card(path: Path, source: str) -> str:
     Raises:
         UserError: as `write_report`.
     """
-    run = _read(path)
-    run["result"]["source"] = source
-    run["again"] = "dynaconv train recipe.json"
-    return _templates().get_template("model-card.md").render(run=run)
+    with _refusing_altered([path]):
+        run = _read(path)
+        run["result"]["source"] = source
+        run["again"] = "dynaconv train recipe.json"
+        return _templates().get_template("model-card.md").render(run=run)
+
+
+@contextlib.contextmanager
+def _refusing_altered(paths: Sequence[Path]) -> Generator[None]:
+    """Turns what comes of JSON that is sound, but not as a run writes it, into a sentence.
+
+    A report tells nearly every figure of a dozen files: to check the form of each would be to write all of it twice.
+    """
+    try:
+        yield
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError, jinja2.UndefinedError) as error:
+        where = " or ".join(map(str, paths))
+        raise UserError(
+            f"A file in {where} is not as a run writes it ({type(error).__name__}: {error}); it was altered, or is of "
+            "another version."
+        ) from error
 
 
 def _templates() -> jinja2.Environment:
@@ -75,7 +93,7 @@ def _templates() -> jinja2.Environment:
         lstrip_blocks=True,
         undefined=jinja2.StrictUndefined,
     )
-    environment.filters.update(percent=_percent, duration=_duration, span=_span)
+    environment.filters.update(percent=_percent, duration=_duration, span=_span, name=_name)
     return environment
 
 
@@ -121,7 +139,7 @@ def _read(path: Path) -> dict[str, Any]:
         "mixture_figure": _as_svg(draw_mixture(mixture)) if mixture and _mixes(mixture) else None,
         "looks": run.looks(),
         "diagnosis": found,
-        "training_images": split.get("num_train") if isinstance(split, dict) else None,
+        "training_images": split.get("num_train"),
         "curves": [_as_svg(draw_curve(history, quantity)) for quantity in QUANTITIES],
         "reliability": _as_svg(draw_reliability(test["calibration"])),
         "coverage": _as_svg(draw_coverage(test["coverage"])),
@@ -188,6 +206,11 @@ def _percent(value: float | None, digits: int = 2) -> str:
 
 def _span(interval: Sequence[float]) -> str:
     return f"{interval[0]:.2%} to {interval[1]:.2%}"
+
+
+def _name(source: str) -> str:
+    """A folder or a file without the folders that it lies in."""
+    return Path(source).name if Path(source).is_absolute() else source
 
 
 def _duration(seconds: float) -> str:

@@ -2,7 +2,6 @@
 
 import contextlib
 import copy
-import dataclasses
 import importlib.util
 import json
 import logging
@@ -26,7 +25,7 @@ from dynaconv.errors import UserError, WorkError
 from dynaconv.files import writing_whole
 from dynaconv.judging.familiarity import see
 from dynaconv.judging.mixing import fold_network
-from dynaconv.judging.trained import load_judged_images
+from dynaconv.judging.trained import load_judged_images, with_source
 from dynaconv.model.network import Block
 from dynaconv.shipping.certificate import SAME, SAMPLE, Side, certify, hash_weights, tell, to_text
 from dynaconv.shipping.classifier import Classifier, load_classifier, to_probabilities
@@ -125,6 +124,8 @@ def export_run(run: Path, options: ExportOptions, say: Callable[[str], None] = p
         raise UserError("--int8 goes with --format onnx; torch.export's files keep float32.")
     name = f"model{'-folded' if options.fold else ''}{'-int8' if options.int8 else ''}.{options.form}"
     target = options.into or run / name
+    if target.is_dir():
+        raise UserError(f"{target} is a folder; name a file with --into.")
     if target.exists() and not options.overwrite:
         raise UserError(f"{target} exists; say --overwrite to replace it, or --into for another file.")
     if not target.parent.is_dir():
@@ -172,9 +173,7 @@ def require_packages(options: ExportOptions) -> None:
 
 
 def _with_source(classifier: Classifier, source: str) -> Classifier:
-    recipe = classifier.trained.recipe
-    recipe = dataclasses.replace(recipe, data=dataclasses.replace(recipe.data, source=source))
-    trained = dataclasses.replace(classifier.trained, recipe=recipe)
+    trained = with_source(classifier.trained, source)
     return Classifier(trained, classifier.calibration, classifier.familiarity, classifier.neighbours)
 
 
@@ -323,8 +322,8 @@ def _require_same(document: dict[str, Any], options: ExportOptions) -> None:
         )
     if not drop <= options.max_drop:
         raise WorkError(
-            f"The exported file loses {100 * drop:.2f} points of accuracy, more than --max-drop "
-            f"{100 * options.max_drop:g} allows; no file was left."
+            f"The exported file loses {100 * drop:.2f} points of accuracy, more than --max-drop {options.max_drop:g} "
+            "allows; no file was left."
         )
 
 

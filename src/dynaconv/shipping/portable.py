@@ -39,6 +39,8 @@ class PortableClassifier(PictureClassifier):
             UserError: it is no file that `dynaconv export` made, it is damaged or newer, or it is not the one that its
                 certificate, if there is one beside it, belongs to.
         """
+        if path.suffix == ".pt2":
+            raise UserError(f"{path} is a file of torch.export; open it by torch.export.load, or export to ONNX.")
         runtime = import_onnxruntime()
         try:
             content = read_bounded(path, MOST_BYTES)

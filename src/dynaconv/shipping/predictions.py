@@ -111,7 +111,7 @@ def _write(path: Path, told: list[dict[str, Any]], lines: str, form: str) -> Non
 
 def load_classifier(run: Path) -> PictureClassifier:
     """Loads the classifier of a run's folder, or of an exported .onnx file, for which torch is not loaded."""
-    if run.suffix == ".onnx":
+    if run.suffix in (".onnx", ".pt2"):  # which of the two it cannot open, it says
         from dynaconv.shipping.portable import PortableClassifier
 
         return PortableClassifier(run)
@@ -138,7 +138,8 @@ def _as_table(stream: TextIO, top: int) -> Callable[[Prediction], None]:
     def tell(prediction: Prediction) -> None:
         classes = ", ".join(f"{label} {probability:.1%}" for label, probability in prediction.top(top))
         doubt = "  (not sure enough: abstain)" if prediction.abstains else ""
-        stream.write(f"{prediction.name}: {classes}{doubt}\n")
+        name = prediction.name if prediction.name.isprintable() else repr(prediction.name)  # a row is a picture
+        stream.write(f"{name}: {classes}{doubt}\n")
         for note in prediction.notes:
             stream.write(f"  {note}\n")
         stream.flush()

@@ -22,6 +22,10 @@ CARD = "README.md"
 AS_THEY_ARE = (WEIGHTS, FAMILIARITY, CALIBRATION, "model.json")
 NAMING_THE_SOURCE = ("recipe.json", RESULT)
 """Where the images came from stands in these; a folder of this machine is nobody's business."""
+FIGURES = ("curves", "grid")
+EXPORTS, CERTIFICATE = ("*.onnx", "*.pt2"), ".certificate.json"
+LIBRARY = 'library_name: "dynaconv"'
+"""The line of a card that says whose it is."""
 _NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
@@ -37,7 +41,7 @@ def publish_run(
         run: Folder of the run.
         into: The folder, made as a whole or not at all.
         license_id: Identifier of a licence for the card; None names none.
-        overwrite: Replace the folder, if `publish_run` wrote it.
+        overwrite: Replace the folder, if `publish_run` wrote all that is in it.
         say: Shows a line to the user.
 
     Returns:
@@ -58,7 +62,7 @@ def publish_run(
             draft = Path(folder) / into.name
             draft.mkdir()
             _copy(run, draft)
-            card = render_card(run, source)
+            card = render_card(run, source)  # which refuses figures that are not as a run writes them
             (draft / CARD).write_text(_front_matter(trained.run, source, license_id) + card, encoding="utf-8")
             if into.exists():
                 shutil.rmtree(into)
@@ -116,10 +120,32 @@ def push_folder(folder: Path, name: str, public: bool, say: Callable[[str], None
 def _require_room(into: Path, overwrite: bool) -> None:
     if not into.exists():
         return
-    is_own = into.is_dir() and (into / CARD).is_file() and (into / WEIGHTS).is_file()
-    if not into.is_dir() or (any(into.iterdir()) and not (overwrite and is_own)):
-        remedy = "say --overwrite to replace it" if is_own else "name another with --into"
-        raise UserError(f"{into} holds something; {remedy}.")
+    if into.is_symlink() or not into.is_dir():
+        raise UserError(f"{into} is no folder; name another with --into.")
+    if not any(into.iterdir()):
+        return
+    if foreign := _foreign(into):
+        raise UserError(f"{into} holds {foreign}, which no publication wrote; name another folder with --into.")
+    if not overwrite:
+        raise UserError(f"{into} holds a publication; say --overwrite to replace it, or name another with --into.")
+
+
+def _foreign(folder: Path) -> str | None:
+    """Returns the name of something in a folder that `publish_run` did not write there; None if it wrote all of it."""
+    try:
+        own = LIBRARY in (folder / CARD).read_text(encoding="utf-8").splitlines()
+    except (OSError, ValueError):
+        own = False
+    if not own:
+        return min(path.name for path in folder.iterdir())
+    files = {CARD, *AS_THEY_ARE, *NAMING_THE_SOURCE, *(f"figures/{name}.png" for name in FIGURES)}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        is_export = any(path.match(form) for form in EXPORTS) or path.name.endswith(CERTIFICATE)
+        written = name == "figures" if path.is_dir() else name in files or (is_export and path.parent == folder)
+        if path.is_symlink() or not written:
+            return name
+    return None
 
 
 def _copy(run: Path, draft: Path) -> None:
@@ -129,13 +155,13 @@ def _copy(run: Path, draft: Path) -> None:
     for name in NAMING_THE_SOURCE:
         document = RunDir(run).read_json(name)
         (draft / name).write_text(json.dumps(_cleaned(document), indent=2) + "\n", encoding="utf-8")
-    for path in sorted(run.glob("*.onnx")):
-        certificate = path.with_name(f"{path.name}.certificate.json")
+    for path in sorted(path for form in EXPORTS for path in run.glob(form)):
+        certificate = path.with_name(f"{path.name}{CERTIFICATE}")
         if certificate.exists():  # without the proof, it is not for others
             shutil.copyfile(path, draft / path.name)
             document = _cleaned(RunDir(run).read_json(certificate.name))
             (draft / certificate.name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
-    figures = [run / "figures" / f"{name}.png" for name in ("curves", "grid")]
+    figures = [run / "figures" / f"{name}.png" for name in FIGURES]
     for path in figures:
         if path.exists():
             (draft / "figures").mkdir(exist_ok=True)
@@ -166,7 +192,7 @@ def _front_matter(run: RunDir, source: str, license_id: str | None) -> str:
         "metrics": [metric],
     }
     facts: dict[str, Any] = {
-        "library_name": "dynaconv",
+        "library_name": "dynaconv",  # as LIBRARY has it
         "pipeline_tag": "image-classification",
         "tags": ["dynaconv", "dynamic-convolution"],
         "model-index": [{"name": f"dynaconv {run.read_recipe().name}", "results": [result]}],

@@ -8,6 +8,8 @@ import hmac
 import json
 import logging
 import os
+import signal
+import socket
 import sys
 import time
 import warnings
@@ -30,7 +32,7 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dynaconv import __version__
-from dynaconv.errors import UserError
+from dynaconv.errors import UserError, WorkError
 from dynaconv.shipping.batching import Batcher, BusyError
 from dynaconv.shipping.prediction import PictureClassifier, to_png_bytes
 
@@ -366,10 +368,11 @@ def _problems() -> dict[int | str, dict[str, Any]]:
 
 
 def serve(classifier: PictureClassifier, host: str, port: int, settings: ServeSettings) -> None:
-    """Serves until SIGTERM or Ctrl-C; answers what was accepted before it ends.
+    """Serves until SIGTERM or Ctrl-C; answers what was accepted, then returns.
 
     Raises:
-        UserError: another host than this machine without a token.
+        UserError: another host than this machine without a token, or an address that cannot be listened at.
+        WorkError: it could not start.
     """
     import uvicorn
 
@@ -382,12 +385,38 @@ def serve(classifier: PictureClassifier, host: str, port: int, settings: ServeSe
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
     logging.getLogger("uvicorn.access").disabled = True
     warnings.filterwarnings("ignore", module="PIL")  # what is odd inside a stranger's picture is nobody's business
-    uvicorn.run(
-        build_app(classifier, settings),
-        host=host,
-        port=port,
-        log_config=None,
-        access_log=False,
-        timeout_graceful_shutdown=int(settings.seconds) + 5,
-        server_header=False,
+    listener = _listen(host, port)
+    server = uvicorn.Server(
+        uvicorn.Config(
+            build_app(classifier, settings),
+            log_config=None,
+            access_log=False,
+            timeout_graceful_shutdown=int(settings.seconds) + 5,
+            server_header=False,
+        )
     )
+    shown = f"[{host}]" if ":" in host else host
+    logging.getLogger("dynaconv.serve").info(f"Serving on http://{shown}:{listener.getsockname()[1]}, Ctrl-C ends it.")
+    before = signal.getsignal(signal.SIGTERM)
+    # When all is answered, uvicorn raises again the signal that ended it. To be told to end is how a server ends.
+    signal.signal(signal.SIGTERM, lambda number, frame: None)
+    try:
+        with listener, contextlib.suppress(KeyboardInterrupt):
+            server.run(sockets=[listener])
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    if not server.started:
+        raise WorkError("The server could not start; what happened is told above.")
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Returns a socket that listens; raises UserError where that cannot be."""
+    try:
+        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
+        family, *_, address = min(found, key=lambda each: each[0] != socket.AF_INET)  # localhost has two
+        return socket.create_server(address[:2], family=family, backlog=2048)
+    except OSError as error:
+        reason = str(error) if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
+        raise UserError(
+            f"{host}, port {port}, cannot be listened at: {reason.lower()}; name another with --host or --port."
+        ) from error
