@@ -1,6 +1,7 @@
 """One recipe trained from several seeds: a folder of runs, and what they reach on average."""
 
 import json
+import math
 import os
 import time
 from collections.abc import Callable
@@ -82,7 +83,8 @@ def resume_seeds(path: Path, say: Callable[[str], None] = print, track: Track = 
     for name in FIGURES:
         values = [result.get(name) for result in results]
         if None not in values:
-            summary[name] = spread([float(value) for value in values if value is not None]).as_dict()
+            most = 1.0 if "accuracy" in name else math.inf
+            summary[name] = spread([float(value) for value in values if value is not None], most).as_dict()
     _write(path / SUMMARY, json.dumps(summary, indent=2) + "\n")
     found = summary["test_accuracy"]
     interval = (

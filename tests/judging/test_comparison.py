@@ -277,6 +277,13 @@ def test_the_spread_over_seeds_is_students():
     assert found.as_dict()["values"] == values
 
 
+def test_an_interval_of_accuracies_ends_where_accuracies_do():
+    near_one, near_zero = spread([0.98, 0.99], 1.0), spread([0.02, 0.01], 1.0)
+    assert (near_one.high, near_zero.low) == (1.0, 0.0)
+    assert near_one.low < 0.98
+    assert spread([10.0, 11.0]).high > 11.0
+
+
 def test_the_spread_of_one_and_of_equal_figures():
     alone = spread([0.9])
     assert (alone.mean, alone.sd, alone.low, alone.high) == (0.9, None, None, None)

@@ -188,7 +188,7 @@ def compare(first: Sequence[Judged], second: Sequence[Judged], names: tuple[str,
     return Comparison(
         names,
         len(labels),
-        (spread(sides[0].mean(1).tolist()), spread(sides[1].mean(1).tolist())),
+        (spread(sides[0].mean(1).tolist(), 1.0), spread(sides[1].mean(1).tolist(), 1.0)),
         paired_difference(*sides),
         _compare_classes(sides, labels, first[0].classes),
         _find_flips(*shares),
@@ -196,11 +196,12 @@ def compare(first: Sequence[Judged], second: Sequence[Judged], names: tuple[str,
     )
 
 
-def spread(values: Sequence[float]) -> Spread:
+def spread(values: Sequence[float], most: float = math.inf) -> Spread:
     """Returns mean, standard deviation and 95% interval of a figure over runs that differ in their seed.
 
     Args:
-        values: One finite figure per run, at least one.
+        values: One finite figure per run, at least one, from 0 to `most`.
+        most: Where the interval is cut off, as it is at 0: 1 for an accuracy. Student's knows no bounds.
 
     Example:
         >>> found = spread([0.90, 0.92, 0.94])
@@ -214,7 +215,7 @@ def spread(values: Sequence[float]) -> Spread:
         return Spread(tuple(values), mean, None, None, None)
     sd = statistics.stdev(values)
     margin = quantile_t(ERROR, len(values) - 1) * sd / math.sqrt(len(values))
-    return Spread(tuple(values), mean, sd, mean - margin, mean + margin)
+    return Spread(tuple(values), mean, sd, max(0.0, mean - margin), min(most, mean + margin))
 
 
 def tell_verdict(comparison: Comparison) -> str:
