@@ -12,7 +12,7 @@ from sklearn.datasets import load_digits
 
 from dynaconv.arguments import parse_training
 from dynaconv.cli import VERBS, main
-from dynaconv.recipes import RECIPES
+from dynaconv.recipes import REACHED, RECIPES
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/**/*.md"), *ROOT.glob("benchmarks/*.md")])
@@ -119,12 +119,33 @@ def test_figures_of_the_mixture_and_of_the_step_are_those_of_their_results():
         assert f"| `{recipe}` | {rate:.0f} | {times:.2f}x | {share:.0%} |" in page
 
 
+def test_what_mixing_and_what_a_length_buys_are_those_of_their_results():
+    page = (ROOT / "docs" / "speed.md").read_text()
+    ablation = json.loads((RESULTS / "ablation.json").read_text())["metrics"]
+    for name, variant in (("`fast92`", "whole recipe"), ("static twin, K = 1", "static twin: K = 1")):
+        found = ablation[variant]
+        accuracy = found["validation_accuracy"]
+        values = ", ".join(f"{value:.2%}" for value in accuracy["values"])
+        averaged = found["validation_accuracy_tta"]["mean"]
+        assert f"| {name} | {found['epochs']['mean']:g} | {found['seconds']['mean'] / 60:.0f} minutes " in page
+        assert f"| {accuracy['mean']:.2%} ({values}) | {averaged:.2%} |" in page
+    lengths = json.loads((RESULTS / "frontier.json").read_text())["metrics"]
+    assert lengths.keys() == REACHED.keys()
+    for recipe, reached in REACHED.items():
+        assert {int(epochs) for epochs in lengths[recipe]} == reached.keys()
+        for epochs, accuracy in reached.items():
+            one, six = (lengths[recipe][str(epochs)][f"validation_accuracy{views}"]["mean"] for views in ("", "_tta"))
+            assert accuracy == pytest.approx(one, abs=1e-6)
+            assert f"| `{recipe}` | {epochs} | {one:.2%} | {six:.2%} |" in page
+
+
 def test_figures_of_exported_files_and_of_the_check_are_those_of_their_results():
     shipped = json.loads((RESULTS / "export.json").read_text())["metrics"]
     page = (ROOT / "docs" / "ship.md").read_text()
     for form in ("onnx", "onnx int8", "torch.export"):
         assert f"{shipped[form]['accuracy_after']['value']:.2%}" in page
         assert f"{shipped[form]['speed_after']['images_per_second']:.0f} a second" in page
+    assert re.search(r"is worth [0-9.]+ points", shipped["onnx folded"]["refused"])[0] in page
     doctor = json.loads((RESULTS / "doctor.json").read_text())["metrics"]
     page = (ROOT / "docs" / "check.md").read_text()
     assert f"share {doctor['own']['near_duplicates_across']['value']} pairs" in page
