@@ -92,7 +92,7 @@ def test_images_in_a_folder_are_found_from_anywhere_and_where_they_went_to(tmp_p
     before = evaluate_run(path, say=quiet)
     (tmp_path / "pictures").rename(tmp_path / "moved")
     assert main(["evaluate", str(path)]) == 2
-    assert f"were in {tmp_path / 'pictures'}, which is not there from here; name" in capsys.readouterr().err
+    assert f"There is no {tmp_path / 'pictures'}, where the images of {path} should be; name" in capsys.readouterr().err
     assert main(["evaluate", str(path), "--data", "../moved"]) == 0
     assert RunDir.open(path).read_json("evaluation-validation.json") == before
     (path / "split.json").write_text('{"validation": [1, 100000]}')

@@ -113,6 +113,7 @@ def train(words: "list[str]", people: "TextIO", started: float) -> "dict[str, An
 
     recipe, options = parse_training(words)
     from dynaconv.experiment import check_training, run_experiment
+    from dynaconv.recipes import expected_accuracy
     from dynaconv.terminal import display
 
     stop_on_sigterm()
@@ -123,7 +124,7 @@ def train(words: "list[str]", people: "TextIO", started: float) -> "dict[str, An
         from dynaconv.seeds import run_seeds
 
         return run_seeds(recipe, options.seeds, options.run_dir, say, track)
-    result = run_experiment(recipe, options.run_dir, say, track, started)
+    result = run_experiment(recipe, options.run_dir, say, track, started, expected_accuracy)
     say(_tell(result))
     return result
 
@@ -242,7 +243,7 @@ def serve(words: "list[str]", people: "TextIO", started: float) -> "dict[str, An
     options = parse_serve(words)
     try:
         from dynaconv.shipping.serve import ServeSettings
-        from dynaconv.shipping.serve import serve as run_server
+        from dynaconv.shipping.server import serve as run_server
     except ImportError as error:
         raise UserError(f"Serving needs {error.name}; install it: pip install dynaconv[serve].") from error
     from dynaconv.shipping.predictions import load_classifier

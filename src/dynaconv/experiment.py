@@ -56,6 +56,7 @@ def run_experiment(
     say: Callable[[str], None] = print,
     track: Track = untracked,
     started: float | None = None,
+    expect: Callable[[Recipe], str | None] = lambda recipe: None,
 ) -> dict[str, Any]:
     """Trains, judges and draws; leaves the folder of the run.
 
@@ -67,6 +68,7 @@ def run_experiment(
         say: Shows a line to the user.
         track: Shows progress within an epoch.
         started: When the process began, by `time.time()`; None for now.
+        expect: Tells what a recipe whose epochs were planned for a budget can be expected to reach.
 
     Returns:
         What result.json holds, with the folder under "run_dir".
@@ -88,6 +90,8 @@ def run_experiment(
     if recipe.train.budget is not None:
         with computing_in(precision, device):
             recipe = plan_epochs(recipe, model, data.train, len(data.validation), device, say)
+        if told := expect(recipe):
+            say(told)
     run = RunDir.create(path)
     with run.locked():
         _write_beginning(run, recipe, data, model, describe_environment(device, precision))

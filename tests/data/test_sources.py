@@ -182,11 +182,10 @@ def test_auto_tries_the_network_before_it_gives_up(server):
     assert any(path == "/cifar-10-python.tar.gz" for path, _ in server.seen)
 
 
-def test_a_path_is_kept_as_it_was_written(tmp_path, monkeypatch):
+def test_a_path_is_stored_so_that_it_is_found_from_anywhere(tmp_path, monkeypatch):
     fill(tmp_path / "pets", {"cat": 2, "dog": 2})
     monkeypatch.chdir(tmp_path)
-    assert resolve("pets", OPTIONS) == "pets"
-    assert resolve("./pets", OPTIONS) == "./pets"
+    assert resolve("pets", OPTIONS) == resolve("./pets", OPTIONS) == str(tmp_path / "pets")
 
 
 def test_real_cifar10_is_read_in_time_and_from_the_cache_at_once(real_cifar10):

@@ -340,7 +340,7 @@ def test_eight_bits_may_round_the_other_way_but_not_say_another_class(exported, 
 
 
 def test_a_run_whose_source_has_moved(run, tmp_path):
-    with pytest.raises(UserError, match=r"There is no gone\.npz"):
+    with pytest.raises(UserError, match=r"There is no gone\.npz, where the images"):
         export_run(run, ExportOptions(into=tmp_path / "model.onnx", source="gone.npz"), quiet)
 
 

@@ -300,7 +300,8 @@ def test_wrong_use(tmp_path, capsys, monkeypatch):
 PROGRAM = """
 import sys; sys.path.insert(0, sys.argv[1])
 from test_serve import Brightness
-from dynaconv.shipping.serve import ServeSettings, serve
+from dynaconv.shipping.serve import ServeSettings
+from dynaconv.shipping.server import serve
 serve(Brightness(0.5), sys.argv[2], int(sys.argv[3]), ServeSettings())
 """
 

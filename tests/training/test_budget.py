@@ -1,7 +1,5 @@
 """The planning of epochs: what fits, what does not, and that the model is left as it was."""
 
-import re
-
 import pytest
 import torch
 
@@ -9,7 +7,6 @@ from dynaconv.data.images import ImageSet
 from dynaconv.errors import UserError
 from dynaconv.model.network import build_network
 from dynaconv.recipe import Recipe, parse_duration, sizes_of_epochs, with_settings
-from dynaconv.recipes import REACHED, RECIPES, expected_accuracy
 from dynaconv.training import budget as module
 from dynaconv.training.budget import plan_epochs
 
@@ -81,41 +78,3 @@ def test_sizes_share_the_epochs_evenly():
     assert sizes_of_epochs(recipe, 7, 32) == [16, 16, 16, 24, 24, 32, 32]
     assert sizes_of_epochs(recipe, 3, 8) == [8, 8, 8]  # three halvings leave nothing of fewer pixels
     assert sizes_of_epochs(Recipe(), 2, 28) == [28, 28]
-
-
-@pytest.mark.parametrize(
-    ("settings", "said"),
-    [
-        ({"epochs": 16}, "fast92 reached 92.7% of the CIFAR-10 validation images in 16 epochs."),
-        ({"epochs": 1}, "Expect less than "),
-        ({"epochs": 100}, "Expect about 92.7% of the validation images, measured with 16 epochs."),
-        ({"epochs": 16, "source": "digits"}, None),
-        ({"epochs": 16, "max_train_images": 1000}, None),
-        ({"epochs": 16, "batch_size": 100}, None),
-        ({"epochs": 16, "label_smoothing": 0.0}, None),
-        ({"epochs": 16, "threads": 1, "seed": 5, "validation_fraction": 0.0}, "fast92 reached 92.7%"),
-    ],
-)
-def test_what_a_recipe_is_expected_to_reach(settings, said):
-    told = expected_accuracy(with_settings(RECIPES["fast92"](), **{"source": "cifar10"} | settings))
-    assert told is None if said is None else (told or "").startswith(said)
-
-
-def test_between_two_measured_lengths_lies_what_is_expected():
-    shortest, longest = min(REACHED["fast92"]), max(REACHED["fast92"])
-    expected = []
-    for epochs in range(shortest + 1, longest):
-        told = expected_accuracy(with_settings(RECIPES["fast92"](), source="cifar10", epochs=epochs))
-        expected.append(float(re.search(r"about ([0-9.]+)%", told)[1]) / 100)
-    assert expected == sorted(expected)
-    assert REACHED["fast92"][shortest] - 0.001 <= expected[0] <= expected[-1] <= REACHED["fast92"][longest] + 0.001
-    assert expected_accuracy(with_settings(Recipe(), source="cifar10")) is None  # a recipe without measured lengths
-
-
-def test_the_plan_says_what_to_expect(monkeypatch):
-    monkeypatch.setattr(module, "expected_accuracy", lambda recipe: f"expect of {recipe.train.epochs}")
-    recipe, model, images = make_case(budget="50s")
-    set_costs(monkeypatch, {8: 0.1}, 0.05)
-    said = []
-    plan_epochs(recipe, model, images, 10, CPU, said.append)
-    assert said[1:] == ["expect of 10"]

@@ -138,8 +138,7 @@ def _load_images(trained: Trained, split: Literal["train", "test"], options: Sou
         if source in NAMED or source.startswith("hf:") or Path(source).exists():
             raise
         raise UserError(
-            f"The images of {trained.run.path} were in {source}, which is not there from here; name where they are now "
-            "with --data."
+            f"There is no {source}, where the images of {trained.run.path} should be; name where they are with --data."
         ) from error
 
 

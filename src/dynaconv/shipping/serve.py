@@ -1,4 +1,4 @@
-"""The HTTP server: pictures in, calibrated probabilities out, requests batched together; and the page at /."""
+"""What is served over HTTP: pictures in, calibrated probabilities out, batched together; and the page at /."""
 
 import asyncio
 import base64
@@ -7,15 +7,10 @@ import contextlib
 import hmac
 import json
 import logging
-import os
-import signal
-import socket
-import sys
 import time
-import warnings
 from collections.abc import AsyncGenerator
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from http import HTTPStatus
 from importlib.resources import files
 from typing import Any
@@ -32,12 +27,10 @@ from starlette.requests import ClientDisconnect
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dynaconv import __version__
-from dynaconv.errors import UserError, WorkError
+from dynaconv.errors import UserError
 from dynaconv.shipping.batching import Batcher, BusyError
 from dynaconv.shipping.prediction import PictureClassifier, to_png_bytes
 
-LOOPBACK = ("127.0.0.1", "::1", "localhost")
-TOKEN = "DYNACONV_TOKEN"  # noqa: S105 -- the name of a variable, not a secret
 PATHS = ("/v1/predict", "/v1/model", "/v1/gallery", "/healthz", "/readyz", "/metrics", "/")
 """Told apart in meters and log; all others are one, or strangers could fill both."""
 PAGE = {"": "text/html", "page.css": "text/css", "page.js": "text/javascript"}
@@ -365,58 +358,3 @@ def _problems() -> dict[int | str, dict[str, Any]]:
     told = {400: "No picture", 401: "No token", 413: "Too large", 415: "Wrong type", 422: "Not a readable picture",
             503: "Too many pictures wait", 504: "Took too long"}  # fmt: skip
     return {status: {"description": words, **problem} for status, words in told.items()}
-
-
-def serve(classifier: PictureClassifier, host: str, port: int, settings: ServeSettings) -> None:
-    """Serves until SIGTERM or Ctrl-C; answers what was accepted, then returns.
-
-    Raises:
-        UserError: another host than this machine without a token, or an address that cannot be listened at.
-        WorkError: it could not start.
-    """
-    import uvicorn
-
-    token = os.environ.get(TOKEN) or None
-    if host not in LOOPBACK and token is None:
-        raise UserError(
-            f"--host {host} can be reached from other machines; set {TOKEN} to a token that they must bear."
-        )
-    settings = replace(settings, token=token)
-    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(message)s")
-    logging.getLogger("uvicorn.access").disabled = True
-    warnings.filterwarnings("ignore", module="PIL")  # what is odd inside a stranger's picture is nobody's business
-    listener = _listen(host, port)
-    server = uvicorn.Server(
-        uvicorn.Config(
-            build_app(classifier, settings),
-            log_config=None,
-            access_log=False,
-            timeout_graceful_shutdown=int(settings.seconds) + 5,
-            server_header=False,
-        )
-    )
-    shown = f"[{host}]" if ":" in host else host
-    logging.getLogger("dynaconv.serve").info(f"Serving on http://{shown}:{listener.getsockname()[1]}, Ctrl-C ends it.")
-    before = signal.getsignal(signal.SIGTERM)
-    # When all is answered, uvicorn raises again the signal that ended it. To be told to end is how a server ends.
-    signal.signal(signal.SIGTERM, lambda number, frame: None)
-    try:
-        with listener, contextlib.suppress(KeyboardInterrupt):
-            server.run(sockets=[listener])
-    finally:
-        signal.signal(signal.SIGTERM, before)
-    if not server.started:
-        raise WorkError("The server could not start; what happened is told above.")
-
-
-def _listen(host: str, port: int) -> socket.socket:
-    """Returns a socket that listens; raises UserError where that cannot be."""
-    try:
-        found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
-        family, *_, address = min(found, key=lambda each: each[0] != socket.AF_INET)  # localhost has two
-        return socket.create_server(address[:2], family=family, backlog=2048)
-    except OSError as error:
-        reason = str(error) if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
-        raise UserError(
-            f"{host}, port {port}, cannot be listened at: {reason.lower()}; name another with --host or --port."
-        ) from error

@@ -13,7 +13,6 @@ from dynaconv.data.batches import Batches
 from dynaconv.data.images import ImageSet
 from dynaconv.errors import UserError
 from dynaconv.recipe import Recipe, parse_duration, sizes_of_epochs, with_settings
-from dynaconv.recipes import expected_accuracy
 from dynaconv.training.loop import training_epoch, validation_epoch
 from dynaconv.training.optim import build_optimizer
 
@@ -70,10 +69,7 @@ def plan_epochs(
             "seconds here; give more time, or a smaller network."
         )
     say(f"{epochs} epochs fit into {recipe.train.budget}: about {needed(epochs) + spent:.0f} seconds.")
-    planned = with_settings(recipe, epochs=epochs, budget=None)
-    if (expected := expected_accuracy(planned)) is not None:
-        say(expected)
-    return planned
+    return with_settings(recipe, epochs=epochs, budget=None)
 
 
 def _seconds_per_image(recipe: Recipe, model: nn.Module, images: ImageSet, size: int, device: torch.device) -> float:

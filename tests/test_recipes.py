@@ -1,0 +1,47 @@
+"""The named recipes: what each of them can be expected to reach, and who is told."""
+
+import re
+
+import pytest
+
+from dynaconv.experiment import run_experiment
+from dynaconv.recipe import Recipe, with_settings
+from dynaconv.recipes import REACHED, RECIPES, expected_accuracy
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"epochs": 16}, "fast92 reached 92.7% of the CIFAR-10 validation images in 16 epochs."),
+        ({"epochs": 1}, "Expect less than "),
+        ({"epochs": 100}, "Expect about 92.7% of the validation images, measured with 16 epochs."),
+        ({"epochs": 16, "source": "digits"}, None),
+        ({"epochs": 16, "max_train_images": 1000}, None),
+        ({"epochs": 16, "batch_size": 100}, None),
+        ({"epochs": 16, "label_smoothing": 0.0}, None),
+        ({"epochs": 16, "threads": 1, "seed": 5, "validation_fraction": 0.0}, "fast92 reached 92.7%"),
+    ],
+)
+def test_what_a_recipe_is_expected_to_reach(settings, said):
+    told = expected_accuracy(with_settings(RECIPES["fast92"](), **{"source": "cifar10"} | settings))
+    assert told is None if said is None else (told or "").startswith(said)
+
+
+def test_between_two_measured_lengths_lies_what_is_expected():
+    shortest, longest = min(REACHED["fast92"]), max(REACHED["fast92"])
+    expected = []
+    for epochs in range(shortest + 1, longest):
+        told = expected_accuracy(with_settings(RECIPES["fast92"](), source="cifar10", epochs=epochs))
+        expected.append(float(re.search(r"about ([0-9.]+)%", told)[1]) / 100)
+    assert expected == sorted(expected)
+    assert REACHED["fast92"][shortest] - 0.001 <= expected[0] <= expected[-1] <= REACHED["fast92"][longest] + 0.001
+    assert expected_accuracy(with_settings(Recipe(), source="cifar10")) is None  # a recipe without measured lengths
+
+
+def test_the_plan_says_what_to_expect(tmp_path):
+    settings = {"source": "digits", "widths": (4,), "num_convolutions": (2,), "pool_after": (1,), "threads": 1}
+    said = []
+    recipe = with_settings(Recipe(), budget="20s", max_train_images=200, batch_size=50, **settings)
+    run_experiment(recipe, tmp_path / "run", said.append, expect=lambda planned: f"expect {planned.train.epochs}")
+    (plan,) = [place for place, line in enumerate(said) if "fit into 20s" in line]
+    assert said[plan + 1] == f"expect {said[plan].split()[0]}"
