@@ -24,8 +24,8 @@ NAMING_THE_SOURCE = ("recipe.json", RESULT)
 """Where the images came from stands in these; a folder of this machine is nobody's business."""
 FIGURES = ("curves", "grid")
 EXPORTS, CERTIFICATE = ("*.onnx", "*.pt2"), ".certificate.json"
-LIBRARY = 'library_name: "dynaconv"'
-"""The line of a card that says whose it is."""
+LIBRARY = {"library_name": "dynaconv"}
+"""What a card says of whose it is, and by which a publication is known again."""
 _NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
 
 
@@ -133,7 +133,7 @@ def _require_room(into: Path, overwrite: bool) -> None:
 def _foreign(folder: Path) -> str | None:
     """Returns the name of something in a folder that `publish_run` did not write there; None if it wrote all of it."""
     try:
-        own = LIBRARY in (folder / CARD).read_text(encoding="utf-8").splitlines()
+        own = _as_yaml(LIBRARY).strip() in (folder / CARD).read_text(encoding="utf-8").splitlines()
     except (OSError, ValueError):
         own = False
     if not own:
@@ -192,14 +192,18 @@ def _front_matter(run: RunDir, source: str, license_id: str | None) -> str:
         "metrics": [metric],
     }
     facts: dict[str, Any] = {
-        "library_name": "dynaconv",  # as LIBRARY has it
+        **LIBRARY,
         "pipeline_tag": "image-classification",
         "tags": ["dynaconv", "dynamic-convolution"],
         "model-index": [{"name": f"dynaconv {run.read_recipe().name}", "results": [result]}],
     }
     if license_id is not None:
         facts = {"license": license_id, **facts}
-    return "---\n" + "".join(f"{name}: {json.dumps(value)}\n" for name, value in facts.items()) + "---\n\n"
+    return f"---\n{_as_yaml(facts)}---\n\n"
+
+
+def _as_yaml(facts: dict[str, Any]) -> str:
+    return "".join(f"{name}: {json.dumps(value)}\n" for name, value in facts.items())
 
 
 def _hub() -> Any:
