@@ -64,6 +64,8 @@ def normalize_maps(norm: nn.Module, maps: torch.Tensor) -> torch.Tensor:
 def continue_channels(maps: torch.Tensor, channels: int) -> torch.Tensor:
     """Appends channels of zeros to (N, C, H, W) maps, or cuts some off, so that there are `channels`."""
     more = channels - maps.shape[1]
+    if more == 0:
+        return maps  # padding by nothing copies
     if more > 0 and lies_by_place(maps):
         return functional.pad(maps.permute(2, 3, 0, 1), (0, more)).permute(2, 3, 0, 1)
     return functional.pad(maps, (0, 0, 0, 0, 0, more))
