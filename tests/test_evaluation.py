@@ -159,6 +159,8 @@ def test_runs_on_other_images_are_refused(seeds, tmp_path):
 def test_a_folder_is_not_compared_with_itself(seeds):
     with pytest.raises(UserError, match="the same folder"):
         compare_runs(seeds[0], seeds[0], say=quiet)
+    with pytest.raises(UserError, match="seed-0 is on both sides"):
+        compare_runs(seeds[0], seeds[0] / "seed-0", say=quiet)
 
 
 def test_several_seeds(seeds, tmp_path):
@@ -170,7 +172,8 @@ def test_several_seeds(seeds, tmp_path):
     weights = [RunDir.open(folder / f"seed-{seed}").read_weights() for seed in (0, 1)]
     assert not all(torch.equal(weights[0][name], weights[1][name]) for name in weights[0])
     shutil.copytree(folder, tmp_path / "other")
-    found = compare_runs(folder, tmp_path / "other", say=quiet)
+    found = compare_runs(folder, tmp_path / "other", into=tmp_path / "compared", say=lines.append)
+    assert lines[-1] == f"Written to {tmp_path / 'compared'}: comparison.json"  # no image flipped
     assert found["difference"]["value"] == 0
     assert found["words"][0].startswith("not distinguishable")
 

@@ -307,14 +307,17 @@ def compare_runs(
         `Comparison.as_dict`.
 
     Raises:
-        UserError: no finished runs, or not judged on the same images.
+        UserError: no finished runs, not judged on the same images, or a run on both sides.
     """
     if into is not None:
         RunDir.require_free(into, "--into")
     names = (str(first), str(second))
     if first.resolve() == second.resolve():
         raise UserError(f"{first} and {second} are the same folder; compare two runs.")
-    found = compare(read_side(first, split), read_side(second, split), names)
+    sides = read_side(first, split), read_side(second, split)
+    if shared := {each.resolve() for each in runs_in(first)} & {each.resolve() for each in runs_in(second)}:
+        raise UserError(f"The run {min(shared)} is on both sides; compare runs that differ.")
+    found = compare(*sides, names)
     for line in (tell_verdict(found), tell_scope(found), tell_test(found), *tell_classes(found)):
         say(line)
     if into is not None:
@@ -322,7 +325,7 @@ def compare_runs(
         with writing_whole(into / "comparison.json") as temporary:
             temporary.write_text(json.dumps(found.as_dict(), indent=2) + "\n")
         _draw_flips(found, first, second, split, into / "flips.png")
-        say(f"Figures and pictures: {into}")
+        say(f"Written to {into}: {', '.join(sorted(path.name for path in into.iterdir()))}")
     return found.as_dict()
 
 

@@ -162,6 +162,12 @@ def test_what_has_no_report(runs, tmp_path, capsys):
     assert "needs the folder of a run" in capsys.readouterr().err
     assert main(["report", str(tmp_path)]) == 2
     assert "is not the folder of a run" in capsys.readouterr().err
+    kept = (runs / "run0" / "result.json").read_bytes()
+    assert main(["report", str(runs / "run0"), "--into", str(runs / "run0" / "result.json")]) == 2
+    assert "the name of a page, ending in .html" in capsys.readouterr().err
+    assert (runs / "run0" / "result.json").read_bytes() == kept
+    assert main(["report", str(runs / "run0"), str(runs / "run0" / "..") + "/run0"]) == 2
+    assert "is named twice" in capsys.readouterr().err
     shutil.copytree(runs / "run0", tmp_path / "run")
     (tmp_path / "run" / "evaluation-test.json").unlink()
     with pytest.raises(UserError, match=r"`dynaconv evaluate .* --split test` makes one"):

@@ -4,7 +4,9 @@ import base64
 import csv
 import io
 import json
+import os
 import shutil
+import sys
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -168,9 +170,13 @@ def test_the_verb(run, classifier, pictures, capsys, monkeypatch):
     rows = list(csv.DictReader(io.StringIO(capsys.readouterr().out)))
     assert float(rows[0]["confidence"]) == pytest.approx(expected.confidence, abs=1e-6)
     assert rows[0]["label_2"] == expected.top(2)[1][0]
-    monkeypatch.setattr("sys.stdin", io.StringIO(f"{pictures / 'b.png'}\n"))
-    assert main(["predict", str(run), "-", "--json"]) == 0
-    assert [each["picture"] for each in json.loads(capsys.readouterr().out)] == [str(pictures / "b.png")]
+    for end in ("\n", "\r\n"):
+        monkeypatch.setattr("sys.stdin", io.StringIO(f"{pictures / 'b.png'}{end}"))
+        assert main(["predict", str(run), "-", "--json"]) == 0
+        assert [each["picture"] for each in json.loads(capsys.readouterr().out)] == [str(pictures / "b.png")]
+    monkeypatch.setattr("sys.stdin", io.StringIO(""))
+    assert main(["predict", str(run), "-"]) == 2
+    assert "Standard input names no picture" in capsys.readouterr().err
 
 
 def test_a_bad_picture_among_others_is_told_and_left(run, pictures, capsys):
@@ -213,6 +219,25 @@ def test_predictions_into_a_file_are_those_of_standard_output(form, run, picture
     told = capsys.readouterr().out
     assert main([*words, "--into", str(tmp_path / "found")]) == 0
     assert (tmp_path / "found").read_text() == told
+
+
+def test_a_file_that_is_there_is_not_replaced(run, pictures, capsys):
+    kept = (pictures / "b.png").read_bytes()
+    assert main(["predict", str(run), str(pictures / "b.png"), "--into", str(pictures / "b.png")]) == 2
+    assert "b.png exists; name another file" in capsys.readouterr().err
+    assert (pictures / "b.png").read_bytes() == kept
+
+
+@pytest.mark.skipif(sys.platform in ("win32", "darwin"), reason="names of files are text there")
+@pytest.mark.parametrize("form", ["csv", "parquet", "table", "jsonl"])
+def test_a_name_that_is_no_text_is_told_all_the_same(form, run, pictures, tmp_path, capsys):
+    (pictures / "b.png").rename(os.fsdecode(os.fsencode(pictures) + b"/bad\xff.png"))
+    assert main(["predict", str(run), str(pictures), "--form", form, "--into", str(tmp_path / "found")]) == 0
+    if form == "parquet":
+        told = " ".join(row["picture"] for row in pq.read_table(tmp_path / "found").to_pylist())
+    else:
+        told = (tmp_path / "found").read_text(encoding="utf-8")
+    assert r"bad\udcff.png" in told
 
 
 def test_parquet_needs_a_file(run, pictures, capsys):

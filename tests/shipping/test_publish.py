@@ -15,6 +15,7 @@ from dynaconv.cli import main
 from dynaconv.errors import UserError
 from dynaconv.experiment import run_experiment
 from dynaconv.recipe import Recipe, with_settings
+from dynaconv.shipping.certificate import hash_weights
 from dynaconv.shipping.classifier import Classifier
 from dynaconv.shipping.publish import publish_run, push_folder
 
@@ -89,11 +90,9 @@ def test_the_hub_can_read_the_card(run, published):
 
 def test_exports_go_along_with_their_certificates_only(run, tmp_path, monkeypatch):
     shutil.copytree(run, tmp_path / "run")
-    (tmp_path / "run" / "model.onnx").write_bytes(b"onnx")
-    (tmp_path / "run" / "model.onnx.certificate.json").write_text('{"source": "/data/somebody/digits"}')
     (tmp_path / "run" / "other.onnx").write_bytes(b"onnx")
-    (tmp_path / "run" / "model.pt2").write_bytes(b"torch")
-    (tmp_path / "run" / "model.pt2.certificate.json").write_text("{}")
+    for name in ("model.onnx", "model.pt2"):
+        certified(tmp_path / "run" / name, hash_weights(run), source="/data/somebody/digits")
     names = publish_run(tmp_path / "run", tmp_path / "into", None, False, quiet)
     assert sorted(set(names) - set(ALWAYS)) == [
         "model.onnx",
@@ -102,8 +101,34 @@ def test_exports_go_along_with_their_certificates_only(run, tmp_path, monkeypatc
         "model.pt2.certificate.json",
     ]
     assert publish_run(tmp_path / "run", tmp_path / "into", None, True, quiet) == names
-    assert json.loads((tmp_path / "into" / "model.onnx.certificate.json").read_text()) == {"source": "digits"}
+    assert json.loads((tmp_path / "into" / "model.onnx.certificate.json").read_text())["source"] == "digits"
     assert "license" not in (tmp_path / "into" / "README.md").read_text().split("---")[1]
+
+
+def certified(path, weights, **more):
+    path.write_bytes(b"network")
+    facts = {"file_sha256": hashlib.sha256(b"network").hexdigest(), "weights_sha256": weights, **more}
+    path.with_name(f"{path.name}.certificate.json").write_text(json.dumps(facts))
+
+
+def test_an_export_that_is_not_of_this_run_is_not_published(run, tmp_path, capsys):
+    shutil.copytree(run, tmp_path / "run")
+    words = ["publish", str(tmp_path / "run"), "--into", str(tmp_path / "into")]
+    certified(tmp_path / "run" / "model.onnx", hash_weights(run))
+    (tmp_path / "run" / "model.onnx").write_bytes(b"another")
+    assert main(words) == 2
+    assert "model.onnx was altered" in capsys.readouterr().err
+    certified(tmp_path / "run" / "model.onnx", "0" * 64)
+    assert main(words) == 2
+    assert "model.onnx comes from another run" in capsys.readouterr().err
+    (tmp_path / "run" / "model.onnx.certificate.json").write_text("[]")
+    assert main(words) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
+
+
+def test_a_licence_is_an_identifier(run, tmp_path, capsys):
+    assert main(["publish", str(run), "--into", str(tmp_path / "into"), "--license", "mit\nx: y"]) == 2
+    assert "--license takes an identifier" in capsys.readouterr().err
 
 
 def test_nothing_of_others_is_replaced(run, tmp_path, capsys):

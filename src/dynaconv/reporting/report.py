@@ -38,9 +38,15 @@ def write_report(paths: Sequence[Path], into: Path | None = None) -> list[Path]:
         The files that were written: the report, and model-card.md beside it.
 
     Raises:
-        UserError: a folder is no run, or one that has not finished, or holds no judgement.
+        UserError: a folder is no run, or one that has not finished, or holds no judgement, or is named twice; or the
+            file's name is not that of a page.
     """
     page = into or paths[0] / "report.html"
+    if page.suffix.lower() not in (".html", ".htm"):
+        raise UserError(f"--into takes the name of a page, ending in .html, received {page}.")
+    for place, path in enumerate(paths):
+        if path.resolve() in [other.resolve() for other in paths[:place]]:
+            raise UserError(f"{path} is named twice; name each run once.")
     files = {"report.html": page, "model-card.md": page.with_name("model-card.md")}
     with _refusing_altered(paths):
         runs = [_read(path) for path in paths]

@@ -183,13 +183,16 @@ def find_pictures(words: Sequence[str], lines: Iterable[str]) -> list[Path]:
     """Finds pictures by file, folder (all below it), pattern with * or ?, or "-" for one path a line from `lines`.
 
     Raises:
-        UserError: a word names nothing, or a folder holds no pictures.
+        UserError: a word names nothing, or a folder or `lines` hold no pictures.
     """
     found: list[Path] = []
     for word in words:
         path = Path(word)
         if word == "-":
-            found += [Path(line.rstrip("\n")) for line in lines if line.strip()]
+            listed = [Path(line.rstrip("\r\n")) for line in lines if line.strip()]
+            if not listed:
+                raise UserError("Standard input names no picture; it takes one path a line.")
+            found += listed
         elif path.is_dir():
             below = sorted(
                 each for each in path.rglob("*") if each.suffix.lower() in PICTURE_SUFFIXES and each.is_file()

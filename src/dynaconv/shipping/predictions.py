@@ -17,6 +17,8 @@ from dynaconv.shipping.prediction import BATCH, PictureClassifier, Prediction, f
 
 GAP = 8
 """Pixels between the two halves of an explanation."""
+UNSAYABLE = "backslashreplace"
+"""What becomes of bytes in a picture's name that are no UTF-8."""
 
 
 def predict_files(
@@ -46,6 +48,8 @@ def predict_files(
         UserError: no such run, no such picture, or a file or folder that cannot be written.
         WorkError: some pictures could not be read; the others have been told.
     """
+    if into is not None and into.exists():
+        raise UserError(f"{into} exists; name another file with --into.")
     classifier = load_classifier(run)
     paths = find_pictures(words, sys.stdin)
     if explain is not None:
@@ -98,7 +102,7 @@ def _explain(classifier: PictureClassifier, prediction: Prediction, path: Path) 
 def _write(path: Path, told: list[dict[str, Any]], lines: str, form: str) -> None:
     with writing_whole(path) as temporary:
         if form != "parquet":
-            temporary.write_text(lines, encoding="utf-8")
+            temporary.write_text(lines, encoding="utf-8", errors=UNSAYABLE)
             return
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -106,7 +110,8 @@ def _write(path: Path, told: list[dict[str, Any]], lines: str, form: str) -> Non
         likeliest = pa.list_(pa.struct([("label", pa.string()), ("probability", pa.float64())]))
         kinds = [pa.string(), pa.string(), pa.float64(), pa.bool_(), likeliest, pa.list_(pa.string())]
         names = ("picture", "label", "confidence", "abstains", "top", "notes")
-        pq.write_table(pa.Table.from_pylist(told, pa.schema(list(zip(names, kinds, strict=True)))), temporary)
+        rows = [{**row, "picture": row["picture"].encode("utf-8", UNSAYABLE).decode()} for row in told]
+        pq.write_table(pa.Table.from_pylist(rows, pa.schema(list(zip(names, kinds, strict=True)))), temporary)
 
 
 def load_classifier(run: Path) -> PictureClassifier:

@@ -1,5 +1,6 @@
 """Publication: a classifier as a folder for others, in the layout of the Hugging Face hub, and its way there."""
 
+import hashlib
 import json
 import os
 import re
@@ -15,6 +16,7 @@ from dynaconv.errors import UserError, WorkError
 from dynaconv.judging.trained import load_trained, require_finished
 from dynaconv.reporting.report import render_card
 from dynaconv.rundir import CALIBRATION, FAMILIARITY, RESULT, WEIGHTS, RunDir
+from dynaconv.shipping.certificate import hash_weights
 
 TOKEN, ENDPOINT = "HF_TOKEN", "HF_ENDPOINT"
 HUB = "https://huggingface.co"
@@ -27,6 +29,7 @@ EXPORTS, CERTIFICATE = ("*.onnx", "*.pt2"), ".certificate.json"
 LIBRARY = {"library_name": "dynaconv"}
 """What a card says of whose it is, and by which a publication is known again."""
 _NAME = re.compile(r"[\w.-]+/[\w.-]+", re.ASCII)
+_LICENSE = re.compile(r"[\w.+-]+", re.ASCII)
 
 
 def publish_run(
@@ -48,8 +51,11 @@ def publish_run(
         The names of the files, sorted.
 
     Raises:
-        UserError: no finished run, or a folder that holds something else or cannot be made.
+        UserError: no finished run, an export that is not of this run, a licence that is no identifier, or a folder that
+            holds something else or cannot be made.
     """
+    if license_id is not None and not _LICENSE.fullmatch(license_id):
+        raise UserError(f"--license takes an identifier like mit or apache-2.0, received {license_id!r}.")
     require_finished(run)
     trained = load_trained(run, torch.device("cpu"))
     if run.resolve().is_relative_to(into.resolve()):
@@ -158,14 +164,24 @@ def _copy(run: Path, draft: Path) -> None:
     for path in sorted(path for form in EXPORTS for path in run.glob(form)):
         certificate = path.with_name(f"{path.name}{CERTIFICATE}")
         if certificate.exists():  # without the proof, it is not for others
-            shutil.copyfile(path, draft / path.name)
             document = _cleaned(RunDir(run).read_json(certificate.name))
+            _require_proven(path, document, run)
+            shutil.copyfile(path, draft / path.name)
             (draft / certificate.name).write_text(json.dumps(document, indent=2) + "\n", encoding="utf-8")
     figures = [run / "figures" / f"{name}.png" for name in FIGURES]
     for path in figures:
         if path.exists():
             (draft / "figures").mkdir(exist_ok=True)
             shutil.copyfile(path, draft / "figures" / path.name)
+
+
+def _require_proven(export: Path, certificate: Any, run: Path) -> None:
+    """Raises UserError unless a certificate is of this very file, made from this very run."""
+    proven = {"file_sha256": hashlib.sha256(export.read_bytes()).hexdigest(), "weights_sha256": hash_weights(run)}
+    for what, digest in proven.items():
+        if not isinstance(certificate, dict) or certificate.get(what) != digest:
+            told = "was altered" if what == "file_sha256" else "comes from another run"
+            raise UserError(f"By its certificate, {export} {told}; export it anew, or take both files away.")
 
 
 def _cleaned(document: Any) -> Any:
