@@ -405,7 +405,11 @@ def test_verification_of_a_folder_compares_probabilities_with_the_certificate(ex
         verify_file(tmp_path / "copy.onnx", str(folder), say=quiet)
 
 
-@pytest.mark.parametrize("words", [["predict", "model.onnx", "picture.png"], ["export", "run", "--int8"]])
+# What so small a network loses in 8 bits hangs on the processor that trained it, and is not asked here.
+EIGHT_BITS = ["export", "run", "--int8", "--max-drop", "0.1"]
+
+
+@pytest.mark.parametrize("words", [["predict", "model.onnx", "picture.png"], EIGHT_BITS])
 def test_onnxruntime_leaves_no_trace_of_its_telemetry(run, exported, tmp_path, words):
     shutil.copy(exported[0], tmp_path / "model.onnx")
     shutil.copy(f"{exported[0]}.certificate.json", tmp_path / "model.onnx.certificate.json")
