@@ -232,7 +232,9 @@ def test_a_file_that_is_there_is_not_replaced(run, pictures, capsys):
 @pytest.mark.parametrize("form", ["csv", "parquet", "table", "jsonl"])
 def test_a_name_that_is_no_text_is_told_all_the_same(form, run, pictures, tmp_path, capsys):
     (pictures / "b.png").rename(os.fsdecode(os.fsencode(pictures) + b"/bad\xff.png"))
-    assert main(["predict", str(run), str(pictures), "--form", form, "--into", str(tmp_path / "found")]) == 0
+    words = ["predict", str(run), str(pictures), "--form", form]
+    assert main([*words, "--into", str(tmp_path / "found")]) == 0
+    assert form == "parquet" or main(words) == 0  # standard output is as strict as a file, unless the locale is C
     if form == "parquet":
         told = " ".join(row["picture"] for row in pq.read_table(tmp_path / "found").to_pylist())
     else:

@@ -44,9 +44,9 @@ def write_report(paths: Sequence[Path], into: Path | None = None) -> list[Path]:
     page = into or paths[0] / "report.html"
     if page.suffix.lower() not in (".html", ".htm"):
         raise UserError(f"--into takes the name of a page, ending in .html, received {page}.")
-    for place, path in enumerate(paths):
-        if path.resolve() in [other.resolve() for other in paths[:place]]:
-            raise UserError(f"{path} is named twice; name each run once.")
+    resolved = [path.resolve() for path in paths]
+    if twice := [path for path, place in zip(paths, resolved, strict=True) if resolved.count(place) > 1]:
+        raise UserError(f"{twice[-1]} is named twice; name each run once.")
     files = {"report.html": page, "model-card.md": page.with_name("model-card.md")}
     with _refusing_altered(paths):
         runs = [_read(path) for path in paths]

@@ -17,8 +17,6 @@ from dynaconv.shipping.prediction import BATCH, PictureClassifier, Prediction, f
 
 GAP = 8
 """Pixels between the two halves of an explanation."""
-UNSAYABLE = "backslashreplace"
-"""What becomes of bytes in a picture's name that are no UTF-8."""
 
 
 def predict_files(
@@ -102,7 +100,7 @@ def _explain(classifier: PictureClassifier, prediction: Prediction, path: Path) 
 def _write(path: Path, told: list[dict[str, Any]], lines: str, form: str) -> None:
     with writing_whole(path) as temporary:
         if form != "parquet":
-            temporary.write_text(lines, encoding="utf-8", errors=UNSAYABLE)
+            temporary.write_text(lines, encoding="utf-8")
             return
         import pyarrow as pa
         import pyarrow.parquet as pq
@@ -110,7 +108,7 @@ def _write(path: Path, told: list[dict[str, Any]], lines: str, form: str) -> Non
         likeliest = pa.list_(pa.struct([("label", pa.string()), ("probability", pa.float64())]))
         kinds = [pa.string(), pa.string(), pa.float64(), pa.bool_(), likeliest, pa.list_(pa.string())]
         names = ("picture", "label", "confidence", "abstains", "top", "notes")
-        rows = [{**row, "picture": row["picture"].encode("utf-8", UNSAYABLE).decode()} for row in told]
+        rows = [{**row, "picture": _as_text(row["picture"])} for row in told]
         pq.write_table(pa.Table.from_pylist(rows, pa.schema(list(zip(names, kinds, strict=True)))), temporary)
 
 
@@ -168,10 +166,16 @@ def _as_csv(stream: TextIO, top: int) -> Callable[[Prediction], None]:
     def tell(prediction: Prediction) -> None:
         further = [value for label, probability in prediction.top(top)[1:] for value in (label, f"{probability:.6f}")]
         abstains = "yes" if prediction.abstains else "no"
-        writer.writerow([prediction.name, prediction.label, f"{prediction.confidence:.6f}", abstains, *further])
+        name, confidence = _as_text(prediction.name), f"{prediction.confidence:.6f}"
+        writer.writerow([name, prediction.label, confidence, abstains, *further])
         stream.flush()
 
     return tell
+
+
+def _as_text(name: str) -> str:
+    """Returns a picture's name with the bytes that are no UTF-8 written out, as JSON writes them."""
+    return name.encode("utf-8", "backslashreplace").decode()
 
 
 def _as_nothing(stream: TextIO, top: int) -> Callable[[Prediction], None]:
