@@ -1,5 +1,7 @@
 """The figures: what is in them, told without looking."""
 
+import itertools
+
 import pytest
 import torch
 
@@ -33,14 +35,33 @@ def test_grid_marks_wrong_ones_in_words_and_by_the_frame(count, channels):
     images = torch.randint(256, (count, channels, 8, 8), dtype=torch.uint8)
     predicted, actual = ["cat"] * count, ["dog", *["cat"] * (count - 1)]
     figure = draw_grid(images, predicted, actual, "title")
-    shown = [axes for axes in figure.axes if axes.get_images()]
-    assert len(shown) == count
-    assert shown[0].get_title() == "✗ WRONG\npredicted cat\nactual dog"
-    widths = [axes.spines["left"].get_linewidth() for axes in shown]
+    (axes,) = figure.axes
+    assert len(axes.get_images()) == len(axes.patches) == len(axes.texts) == count
+    widths = [frame.get_linewidth() for frame in axes.patches]
     assert all(width < widths[0] for width in widths[1:])
-    if count > 1:
-        assert shown[1].get_title() == "✓\npredicted cat\nactual cat"
-    assert torch.equal(torch.from_numpy(shown[0].get_images()[0].get_array()[..., 0].copy()), images[0, 0])
+    assert [text.get_text() for text in axes.texts[:2]] == [
+        "✗ WRONG\npredicted cat\nactual dog",
+        "✓\npredicted cat\nactual cat",
+    ][:count]
+    for picture, frame, text, image in zip(axes.get_images(), axes.patches, axes.texts, images, strict=True):
+        assert torch.equal(torch.from_numpy(picture.get_array()[..., 0].copy()), image[0])
+        left, right, _, top = picture.get_extent()
+        assert (frame.get_x(), frame.get_y()) == (left, top)
+        assert text.get_position() == (pytest.approx((left + right) / 2), pytest.approx(top, abs=0.1))
+
+
+@pytest.mark.parametrize("count", [1, 7])
+def test_pictures_of_any_form_stand_apart_and_inside_the_figure(count):
+    names = ["a_class_of_a_single_word_that_goes_on_and_on_and_on_and_on", "cat"]
+    images = torch.zeros(count, 3, 12, 20, dtype=torch.uint8)
+    figure = draw_grid(
+        images, [names[0]] * count, [names[1]] * count, "A title that is wider than a picture of the grid"
+    )
+    figure.draw_without_rendering()  # places the texts
+    (axes,) = figure.axes
+    boxes = [part.get_window_extent() for part in (*figure.texts, *axes.texts, *axes.get_images())]
+    assert all(figure.bbox.contains(*corner) for box in boxes for corner in (box.min, box.max))
+    assert not any(one.overlaps(other) for one, other in itertools.combinations(boxes, 2))
 
 
 def test_figures_are_written_as_png(tmp_path):

@@ -5,8 +5,8 @@ from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import scipy  # loads its parts when they are first used
 import torch
-from scipy import optimize, special
 
 from dynaconv.judging.evaluate import Evaluation
 from dynaconv.judging.rate import Rate
@@ -125,7 +125,7 @@ def fit_temperature(evaluation: Evaluation) -> float:
         return torch.nn.functional.cross_entropy(logits / np.exp(logarithm), labels).item()
 
     # Convex in 1 / temperature, so that there is one valley; by its logarithm both sides are searched alike.
-    found = optimize.minimize_scalar(loss, bounds=(np.log(COLDEST), np.log(HOTTEST)), method="bounded")
+    found = scipy.optimize.minimize_scalar(loss, bounds=(np.log(COLDEST), np.log(HOTTEST)), method="bounded")
     return float(np.exp(found.x))
 
 
@@ -168,7 +168,7 @@ def threshold_for(precision: float, sure: Floats, right: npt.NDArray[np.bool_]) 
     for point in reversed(coverage(sure, right)):
         hits, count = point.accuracy.count, point.accuracy.images
         # The exact bound of Clopper and Pearson, one-sided; Wilson's is right on average only.
-        lowest = float(special.betaincinv(hits, count - hits + 1, DOUBT / COVERAGE_POINTS)) if hits else 0.0
+        lowest = float(scipy.special.betaincinv(hits, count - hits + 1, DOUBT / COVERAGE_POINTS)) if hits else 0.0
         if lowest >= precision:
             return point
     return None

@@ -18,9 +18,9 @@ from typing import TypeAlias
 
 import numpy as np
 import numpy.typing as npt
+import scipy
 import torch
 from PIL import Image
-from scipy import special
 from torch.nn import functional
 
 from dynaconv.data.augment import LUMA, to_grey, to_tensor
@@ -136,7 +136,7 @@ def shot_noise(images: torch.Tensor, severity: int, keys: Keys) -> torch.Tensor:
     # An image has 256 values, so their distributions make a table. Value v stands at v to v + 1, which makes one
     # search in a sorted row of it: the inverse of the distribution function.
     counts = np.arange(photons + math.ceil(8 * math.sqrt(photons)) + 8)
-    table = special.pdtr(counts, np.arange(256)[:, None] * (photons / 255)) + np.arange(256)[:, None]
+    table = scipy.special.pdtr(counts, np.arange(256)[:, None] * (photons / 255)) + np.arange(256)[:, None]
     sought = (images * 255).round_().double() + uniform(keys, *images.shape[1:])
     found = torch.searchsorted(torch.from_numpy(table.ravel()), sought, right=True)
     return found.remainder_(len(counts)).float().div_(photons)

@@ -10,8 +10,8 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import scipy  # loads its parts when they are first used; many who load this module compare nothing
 from numpy.typing import NDArray
-from scipy import optimize, special, stats
 
 ERROR = 0.05
 """Share of pairs of equal sides that may be told apart; 1 - ERROR is the usual confidence."""
@@ -111,7 +111,7 @@ def mcnemar(only_first: int, only_second: int) -> float:
         (0.03125, 1.0, 1.0)
     """
     divided = only_first + only_second
-    return float(stats.binomtest(only_second, divided).pvalue) if divided else 1.0
+    return float(scipy.stats.binomtest(only_second, divided).pvalue) if divided else 1.0
 
 
 def bootstrap(only_first: int, only_second: int, images: int, confidence: float = 1 - ERROR) -> tuple[float, float]:
@@ -152,7 +152,7 @@ def quantile_t(error: float, freedom: float) -> float:
         >>> round(quantile_t(0.05, 2), 3)
         4.303
     """
-    return -float(special.stdtrit(freedom, error / 2))
+    return -float(scipy.special.stdtrit(freedom, error / 2))
 
 
 def _between_two(first: Right, second: Right, confidence: float) -> Difference:
@@ -162,12 +162,13 @@ def _between_two(first: Right, second: Right, confidence: float) -> Difference:
     divided = only_first + only_second
     low, high = bootstrap(only_first, only_second, images, confidence)
     if divided:
-        share = stats.binomtest(only_second, divided).proportion_ci(confidence)  # of the second, by Clopper and Pearson
+        # Of the second among those that are divided, by Clopper and Pearson.
+        share = scipy.stats.binomtest(only_second, divided).proportion_ci(confidence)
         low = min(low, (2 * share.low - 1) * divided / images)
         high = max(high, (2 * share.high - 1) * divided / images)
     else:
         # What no image showed may still be as frequent as this, in either direction.
-        high = float(stats.binomtest(0, images).proportion_ci(confidence).high)
+        high = float(scipy.stats.binomtest(0, images).proportion_ci(confidence).high)
         low = -high
     value = (only_second - only_first) / images
     return Difference(value, low, high, confidence, mcnemar(only_first, only_second), "mcnemar")
@@ -259,5 +260,5 @@ def _reaching(distance: float, margin: Callable[[float], float]) -> float:
     def excess(logarithm: float) -> float:
         return margin(math.exp(logarithm)) - distance
 
-    found = optimize.root_scalar(excess, bracket=(math.log(smallest), 0.0), method="brentq", xtol=1e-12)
+    found = scipy.optimize.root_scalar(excess, bracket=(math.log(smallest), 0.0), method="brentq", xtol=1e-12)
     return math.exp(float(found.root))

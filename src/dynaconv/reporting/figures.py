@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator
 from PIL import Image
 
@@ -16,6 +17,11 @@ from dynaconv.files import writing_whole
 
 TRAINING, VALIDATION = "#0072B2", "#D55E00"
 """Blue and vermilion of the Okabe-Ito palette, which people with any colour vision can tell apart."""
+
+PICTURE, PICTURE_CELL = 1.75, 2.1
+"""Inches, of a picture's longer side and of what it has of a row."""
+LINE = 34
+"""Letters of a caption beside which the next one fits."""
 
 QUANTITIES = {"loss": "Cross-entropy per image", "accuracy": "Accuracy"}
 
@@ -149,21 +155,29 @@ def draw_pictures(
     """
     columns = min(columns, len(images))
     rows = -(-len(images) // columns)
-    figure = Figure(figsize=(2.1 * columns, 2.45 * rows + 0.5), layout="constrained")
-    figure.suptitle(title)
-    grid: list[Axes] = list(figure.subplots(rows, columns, squeeze=False).flat)
-    for axes in grid:
-        axes.set(xticks=[], yticks=[])
-        axes.axis("off")
+    above = 0.06 + 0.15 * max(caption.count("\n") + 1 for caption in captions)  # inches, of a caption of 8 points
+    height = 0.5 + (above + PICTURE + 0.15) * rows
+    width = max(PICTURE_CELL * columns, 0.4 + 0.1 * len(title))  # a title of 12 points has a tenth per letter at most
+    # One pair of axes in inches from the upper left corner, as a pair for each picture takes five times as long.
+    figure = Figure(figsize=(width, height))
+    axes = figure.add_axes((0.0, 0.0, 1.0, 1.0), xlim=(0, width), ylim=(height, 0), autoscale_on=False)
+    axes.axis("off")
+    figure.text(0.5, 1 - 0.25 / height, title, ha="center", va="center", fontsize=12)
     frames = framed or [False] * len(images)
-    for axes, image, caption, is_framed in zip(grid, images.cpu(), captions, frames, strict=False):
-        axes.axis("on")
-        pixels = image.permute(1, 2, 0).expand(-1, -1, 3) if image.shape[0] == 1 else image.permute(1, 2, 0)
-        axes.imshow(pixels.numpy(), interpolation="nearest")
-        axes.set_title(caption, fontsize=8, color="black")
-        for spine in axes.spines.values():
-            colour = VALIDATION if is_framed else TRAINING
-            spine.set(color=colour, linewidth=4 if is_framed else 1, linestyle=(0, (2, 1)) if is_framed else "-")
+    for place, (image, caption, is_framed) in enumerate(zip(images.cpu(), captions, frames, strict=True)):
+        row, column = divmod(place, columns)
+        pixels = image.permute(1, 2, 0)
+        high, wide = (PICTURE * side / max(pixels.shape[:2]) for side in pixels.shape[:2])
+        left = width / 2 + PICTURE_CELL * (column + 0.5 - columns / 2) - wide / 2
+        top = 0.5 + (above + PICTURE + 0.15) * row + above
+        box = (left, left + wide, top + high, top)
+        axes.imshow(pixels.expand(-1, -1, 3).numpy(), interpolation="nearest", extent=box, aspect="auto")
+        frame = Rectangle((left, top), wide, high, fill=False, edgecolor=TRAINING)
+        if is_framed:
+            frame.set(edgecolor=VALIDATION, linewidth=4, linestyle=(0, (2, 1)))
+        axes.add_patch(frame)
+        short = "\n".join(line if len(line) <= LINE else f"{line[: LINE - 1]}…" for line in caption.splitlines())
+        axes.text(left + wide / 2, top - 0.08, short, ha="center", va="bottom", fontsize=8, color="black")
     return figure
 
 
