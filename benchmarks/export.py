@@ -1,12 +1,13 @@
 """Exports a run's classifier in every form and writes what their certificates say, on the test images.
 
 Command: python benchmarks/export.py RUN
-Needs: DYNACONV_DATA, dynaconv[export]. Takes: six minutes on two cores. Counts five looks at the test images in the
-run: give it a copy. Also sends pictures of every kind through Python and through `dynaconv predict`, with the run and
-with the file, and times `dynaconv predict` in a fresh process, from the ONNX file.
+Needs: DYNACONV_DATA, dynaconv[export,serve]. Takes: six minutes on two cores. Counts five looks at the test images in
+the run: give it a copy. Also sends pictures of every kind through Python, through `dynaconv predict` and over HTTP
+through `dynaconv serve`, with the run and with the file, and times `dynaconv predict FILE` in a fresh process.
 """
 
 import dataclasses
+import http.client
 import io
 import json
 import statistics
@@ -14,12 +15,15 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 from record import write_result
+from serving import serving
 
 from dynaconv.data.sources import SourceOptions, load_images
 from dynaconv.errors import WorkError
@@ -93,15 +97,31 @@ def write_pictures(folder: Path) -> dict[str, Path]:
 
 
 def compare_ways(run: Path, model: Path, paths: dict[str, Path]) -> dict[str, float]:
-    """Largest difference of a probability between Python, `predict RUN` and `predict FILE`, for each kind."""
+    """Largest difference of a probability between Python, `predict` and HTTP, the latter two by both, for each kind."""
     ways = [np.array([each.probabilities for each in Classifier.load(run).predict_all(list(paths.values()))])]
     classes = Classifier.load(run).classes
     for each in (run, model):
         words = ["predict", str(each), *map(str, paths.values()), "--top", str(len(classes)), "--json"]
         done = subprocess.run([sys.executable, "-m", "dynaconv", *words], check=True, capture_output=True, text=True)
-        told = [{one["label"]: one["probability"] for one in picture["top"]} for picture in json.loads(done.stdout)]
-        ways.append(np.array([[picture[name] for name in classes] for picture in told]))
+        ways.append(_by_class(json.loads(done.stdout), classes))
+        with serving(each) as server:
+            ways.append(_by_class([ask(server.port, path, len(classes)) for path in paths.values()], classes))
     return dict(zip(paths, np.ptp(np.stack(ways), axis=0).max(1).tolist(), strict=True))
+
+
+def ask(port: int, picture: Path, top: int) -> dict[str, Any]:
+    """Returns what the server at a port says about a picture."""
+    connection = http.client.HTTPConnection("127.0.0.1", port)
+    connection.request(
+        "POST", f"/v1/predict?top={top}", picture.read_bytes(), {"Content-Type": "application/octet-stream"}
+    )
+    with connection.getresponse() as answer:
+        return json.load(answer)["predictions"][0]
+
+
+def _by_class(told: list[dict[str, Any]], classes: Sequence[str]) -> NDArray[np.float64]:
+    found = [{one["label"]: one["probability"] for one in picture["top"]} for picture in told]
+    return np.array([[picture[name] for name in classes] for picture in found])
 
 
 def start(model: Path, picture: Path) -> float:

@@ -234,7 +234,11 @@ def parse_serve(words: list[str]) -> Any:
         ),
         option(int, "port", "Port to listen at.", 8000),
         option(float, "max_wait_ms", "Milliseconds that a request waits for others, to be computed together.", 5.0),
-        option(int, "max_batch", "Pictures computed together at most; 1 batches nothing.", 64),
+        option(
+            int | None,
+            "max_batch",
+            "Pictures computed together at most; 1 batches nothing. None measures at the start what is enough.",
+        ),
         option(int, "most_waiting", "Pictures that may wait; requests beyond are refused with 503.", 256),
     )
     for name, low, high in (
@@ -244,7 +248,7 @@ def parse_serve(words: list[str]) -> Any:
         ("max_wait_ms", 0, 1e4),
     ):
         value = getattr(options, name)
-        if not low <= value <= high:
+        if value is not None and not low <= value <= high:
             raise UserError(f"--{name.replace('_', '-')} must be from {low} to {high:g}, received {value:g}.")
     return options
 

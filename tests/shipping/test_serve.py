@@ -20,7 +20,7 @@ from fastapi.testclient import TestClient
 from PIL import Image
 
 from dynaconv.cli import main
-from dynaconv.shipping.batching import Batcher, BusyError
+from dynaconv.shipping.batching import Batcher, BusyError, choose_size
 from dynaconv.shipping.prediction import PictureClassifier
 from dynaconv.shipping.serve import ServeSettings, build_app
 
@@ -239,6 +239,35 @@ def test_images_are_computed_together_and_each_gets_its_own():
         batcher.submit(values[0])
 
 
+@pytest.mark.parametrize(
+    ("fixed", "each", "chosen"),
+    [
+        (0, 0.002, 1),  # a batch gains nothing
+        (0.005, 0.0001, 64),  # the larger, the better, to the last
+        (0.011, 0.0035, 16),  # of 16, 239 a second; 32 would take longer than anybody should wait
+        (0.15, 0, 1),  # none is computed soon enough
+    ],
+)
+def test_as_many_are_computed_at_once_as_are_worth_the_wait(fixed, each, chosen):
+    sizes = []
+
+    def compute(images):
+        assert images.shape[1:] == (3, 8, 8)
+        sizes.append(len(images))
+        time.sleep(fixed + each * len(images))
+        return np.zeros((len(images), 2))
+
+    assert choose_size(compute, (3, 8, 8)) == chosen
+    assert max(sizes) <= 64
+
+
+def test_the_log_tells_how_many_are_computed_together(caplog):
+    caplog.set_level("INFO", "dynaconv.serve")
+    for settings, told in ((ServeSettings(max_batch=3), 3), (ServeSettings(), 64)):
+        with TestClient(build_app(Brightness(0.003), settings)):
+            assert f"At most {told} pictures are computed together." in caplog.text
+
+
 def test_more_than_may_wait_are_refused_and_those_before_answered():
     batcher = Batcher(Brightness(0.1).probabilities, max_batch=1, most_waiting=3)
     one = np.zeros((1, 3, 8, 8), dtype=np.uint8)
@@ -258,7 +287,7 @@ def test_a_failed_batch_is_told_to_its_callers_and_the_next_goes_on():
             raise RuntimeError("broken")
         return np.zeros((len(images), 2))
 
-    batcher = Batcher(compute, max_wait=0)
+    batcher = Batcher(compute, max_batch=8, max_wait=0)
     one = np.zeros((1, 3, 8, 8), dtype=np.uint8)
     with pytest.raises(RuntimeError, match="broken"):
         batcher.submit(one).result(5)

@@ -13,9 +13,44 @@ import numpy.typing as npt
 Images = npt.NDArray[np.uint8]
 Probabilities = npt.NDArray[np.float64]
 
+SIZES = (1, 2, 4, 8, 16, 32, 64)
+"""Of batches that are tried."""
+ENOUGH = 0.9
+"""Of the highest rate. The rest is not worth the time that larger batches let everybody wait."""
+LONGEST = 0.1
+"""Seconds for a batch: who asks waits for the one before his and for his own."""
+
 
 class BusyError(Exception):
     """As many images wait as may."""
+
+
+def choose_size(compute: Callable[[Images], Probabilities], image_shape: tuple[int, int, int]) -> int:
+    """Measures how many images are best computed at once; takes a second at most where one image takes less than that.
+
+    Args:
+        compute: Maps (N, C, H, W) to (N, classes).
+        image_shape: (C, H, W).
+
+    Returns:
+        The smallest of `SIZES` with `ENOUGH` of the highest rate, among those computed within `LONGEST`.
+    """
+    images = np.random.default_rng(0).integers(0, 256, (SIZES[-1], *image_shape), dtype=np.uint8)
+    rates: dict[int, float] = {}
+    for size in SIZES:
+        compute(images[:size])  # the first time, memory is taken and plans are made
+        seconds = min(_seconds(compute, images[:size]) for _ in range(3))
+        if seconds <= LONGEST or not rates:
+            rates[size] = size / seconds
+        if seconds > LONGEST:
+            break
+    return next(size for size, rate in rates.items() if rate >= ENOUGH * max(rates.values()))
+
+
+def _seconds(compute: Callable[[Images], Probabilities], images: Images) -> float:
+    started = time.perf_counter()
+    compute(images)
+    return time.perf_counter() - started
 
 
 @dataclass(frozen=True)
@@ -33,7 +68,7 @@ class Batcher:
     def __init__(
         self,
         compute: Callable[[Images], Probabilities],
-        max_batch: int = 64,
+        max_batch: int,
         max_wait: float = 0.005,
         most_waiting: int = 256,
         on_batch: Callable[[int, float], None] = lambda images, seconds: None,

@@ -54,6 +54,8 @@ class PortableClassifier(PictureClassifier):
             )
         options = runtime.SessionOptions()
         options.intra_op_num_threads = threads
+        # Threads that wait by spinning take the processor from whoever reads the pictures meanwhile.
+        options.add_session_config_entry("session.intra_op.allow_spinning", "0")
         options.log_severity_level = 3  # errors; they are raised as well
         try:
             # From bytes, so that a file cannot name others that belong to it.

@@ -28,7 +28,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from dynaconv import __version__
 from dynaconv.errors import UserError
-from dynaconv.shipping.batching import Batcher, BusyError
+from dynaconv.shipping.batching import Batcher, BusyError, choose_size
 from dynaconv.shipping.prediction import PictureClassifier, to_png_bytes
 
 PATHS = ("/v1/predict", "/v1/model", "/v1/gallery", "/healthz", "/readyz", "/metrics", "/")
@@ -47,7 +47,7 @@ class ServeSettings:
 
     Attributes:
         max_wait_ms: Milliseconds that a request waits for others at most, to be computed together.
-        max_batch: Images computed together at most; 1 batches nothing.
+        max_batch: Images computed together at most; 1 batches nothing. None measures at the start what is enough.
         most_waiting: Images that may wait; requests beyond are refused with 503.
         most_bytes: Of a request's body.
         most_pictures: Of a request.
@@ -56,7 +56,7 @@ class ServeSettings:
     """
 
     max_wait_ms: float = 5.0
-    max_batch: int = 64
+    max_batch: int | None = None
     most_waiting: int = 256
     most_bytes: int = 10 * 2**20
     most_pictures: int = 32
@@ -95,13 +95,16 @@ def build_app(classifier: PictureClassifier, settings: ServeSettings) -> FastAPI
 
     @contextlib.asynccontextmanager
     async def lifespan(app: FastAPI) -> AsyncGenerator[None]:
+        shape = (classifier.channels, classifier.image_size, classifier.image_size)
+        # The first computation allocates and plans; nobody should wait for it.
+        classifier.answer(np.zeros((1, *shape), dtype=np.uint8))
+        max_batch = settings.max_batch or choose_size(classifier.answer, shape)
+        logging.getLogger("dynaconv.serve").info(f"At most {max_batch} pictures are computed together.")
         app.state.batcher = Batcher(
-            classifier.answer, settings.max_batch, settings.max_wait_ms / 1e3, settings.most_waiting, on_batch
+            classifier.answer, max_batch, settings.max_wait_ms / 1e3, settings.most_waiting, on_batch
         )
         meters.waiting.set_function(lambda: app.state.batcher.waiting)
         app.state.decoders = ThreadPoolExecutor(2, thread_name_prefix="decoder")
-        # The first computation allocates and plans; nobody should wait for it.
-        classifier.answer(np.zeros((1, classifier.channels, *[classifier.image_size] * 2), dtype=np.uint8))
         yield
         await asyncio.to_thread(app.state.batcher.close)
         app.state.decoders.shutdown()
