@@ -2,6 +2,7 @@
 
 import asyncio
 import base64
+import contextlib
 import io
 import json
 import os
@@ -16,13 +17,16 @@ import urllib.request
 
 import numpy as np
 import pytest
+import uvicorn
 from fastapi.testclient import TestClient
 from PIL import Image
 
 from dynaconv.cli import main
+from dynaconv.errors import UserError
 from dynaconv.shipping.batching import Batcher, BusyError, choose_size
 from dynaconv.shipping.prediction import PictureClassifier
 from dynaconv.shipping.serve import ServeSettings, build_app
+from dynaconv.shipping.server import serve
 
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
@@ -53,6 +57,18 @@ def picture(value, form="PNG", size=(10, 10)):
     buffer = io.BytesIO()
     Image.new("RGB", size, (value,) * 3).save(buffer, form)
     return buffer.getvalue()
+
+
+@contextlib.contextmanager
+def serving(classifier, settings):
+    """Serves in a thread, for what a test client cannot do: send half of a request."""
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        server = uvicorn.Server(uvicorn.Config(build_app(classifier, settings), log_config=None))
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        yield listener.getsockname()[1]
+        server.should_exit = True
+        thread.join()
 
 
 @pytest.fixture
@@ -223,6 +239,55 @@ def test_a_token_is_asked_for_and_compared():
 def test_a_slow_answer_is_given_up():
     with TestClient(build_app(Brightness(0.6), ServeSettings(seconds=0.2))) as client:
         assert client.post("/v1/predict", content=picture(0), headers=PNG).status_code == 504
+
+
+def test_who_sends_too_slowly_is_refused_and_another_is_answered():
+    with serving(Brightness(), ServeSettings(seconds=0.3, most_waiting=1, max_batch=1)) as port:
+        head = b"POST /v1/predict HTTP/1.1\r\nHost: x\r\nContent-Type: image/png\r\nContent-Length: 1000\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", port), timeout=10) as slow:
+            slow.sendall(head + b"only this")
+            answer = slow.makefile("rb").read()  # until it is closed
+        assert answer.startswith(b"HTTP/1.1 408")
+        assert b"application/problem+json" in answer
+        request = urllib.request.Request(f"http://127.0.0.1:{port}/v1/predict", picture(255), PNG)
+        assert json.load(urllib.request.urlopen(request))["predictions"][0]["label"] == "bright"
+
+
+def test_head_is_get_without_its_content(client):
+    for path in ("/", "/healthz", "/v1/model"):
+        asked, got = client.head(path), client.get(path)
+        assert (asked.status_code, asked.content) == (200, b"")
+        assert asked.headers["content-length"] == got.headers["content-length"]
+    assert client.head("/v1/predict").status_code == 405
+
+
+def test_who_gave_up_costs_nobody_his_answer():
+    started, finish = threading.Event(), threading.Event()
+    sizes = []
+
+    def compute(images):
+        sizes.append(len(images))
+        started.set()
+        finish.wait(5)
+        if len(sizes) == 2:
+            raise RuntimeError("broken")
+        return np.zeros((len(images), 2))
+
+    batcher = Batcher(compute, max_batch=2, max_wait=0)
+    one = np.zeros((1, 3, 8, 8), dtype=np.uint8)
+    first = batcher.submit(one)
+    started.wait(5)
+    assert not first.cancel()  # it is being computed
+    given_up, waits, last = batcher.submit(one), batcher.submit(one), batcher.submit(one)
+    assert given_up.cancel()
+    finish.set()
+    assert first.result(5).shape == (1, 2)
+    with pytest.raises(RuntimeError, match="broken"):
+        waits.result(5)
+    assert last.result(5).shape == (1, 2)
+    assert sum(sizes) == 3
+    batcher.close()
+    assert batcher.waiting == 0
 
 
 def test_images_are_computed_together_and_each_gets_its_own():
@@ -398,3 +463,10 @@ def test_another_host_needs_a_token():
     done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 1
     assert "set DYNACONV_TOKEN" in done.stderr
+
+
+@pytest.mark.parametrize("host", ["a..b", "a" * 70])
+def test_what_is_no_name_of_a_host_is_told(host, monkeypatch):
+    monkeypatch.setenv("DYNACONV_TOKEN", "secret")
+    with pytest.raises(UserError, match="cannot be listened at"):
+        serve(Brightness(), host, 0, ServeSettings(max_batch=1))

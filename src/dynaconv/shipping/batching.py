@@ -131,16 +131,17 @@ class Batcher:
 
     def _answer(self, batch: list[_Asked], count: int) -> None:
         started = time.monotonic()
+        # Who gave up meanwhile is left out; from here on nobody can.
+        wanted = [each for each in batch if each.answer.set_running_or_notify_cancel()]
         try:
-            found = self._compute(np.concatenate([each.images for each in batch]))
-        except Exception as error:  # whatever it is, each caller must hear of it and the thread must go on
-            for each in batch:
-                each.answer.set_exception(error)
-        else:
-            rows = np.split(found, np.cumsum([len(each.images) for each in batch])[:-1])
-            for each, row in zip(batch, rows, strict=True):
-                if not each.answer.cancelled():
+            if wanted:
+                found = self._compute(np.concatenate([each.images for each in wanted]))
+                rows = np.split(found, np.cumsum([len(each.images) for each in wanted])[:-1])
+                for each, row in zip(wanted, rows, strict=True):
                     each.answer.set_result(row)
+        except Exception as error:  # whatever it is, each caller must hear of it and the thread must go on
+            for each in wanted:
+                each.answer.set_exception(error)
         finally:
             with self._lock:
                 self.waiting -= count

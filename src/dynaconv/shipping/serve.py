@@ -51,7 +51,7 @@ class ServeSettings:
         most_waiting: Images that may wait; requests beyond are refused with 503.
         most_bytes: Of a request's body.
         most_pictures: Of a request.
-        seconds: After which a request is given up with 504.
+        seconds: That a request may take to arrive, before it is given up with 408, and to be answered, before 504.
         token: What a request must bear; None asks for none.
     """
 
@@ -157,7 +157,7 @@ def _add_facts(app: FastAPI, classifier: PictureClassifier) -> None:
 async def _predict(
     request: Request, app: FastAPI, classifier: PictureClassifier, settings: ServeSettings, top: int, detail: bool
 ) -> list[dict[str, Any]]:
-    pictures = await _pictures(request, settings)
+    pictures = await _receive(request, settings)
     loop = asyncio.get_running_loop()
     try:
         async with asyncio.timeout(settings.seconds):
@@ -167,20 +167,33 @@ async def _predict(
             ]
             answer = app.state.batcher.submit(np.stack([image for image, _ in read]))
             rows = await asyncio.wrap_future(answer)
+            details: list[dict[str, Any]] = [
+                await loop.run_in_executor(app.state.decoders, classifier.detail, image) for image, _ in read if detail
+            ]
     except UserError as error:
         raise _RefusedError(HTTPStatus.UNPROCESSABLE_ENTITY, str(error)) from error
     except BusyError as error:
         raise _too_many() from error
     except TimeoutError as error:
         raise _RefusedError(HTTPStatus.GATEWAY_TIMEOUT, f"No answer within {settings.seconds:g} seconds.") from error
-    told: list[dict[str, Any]] = []
-    for (name, _), (image, notes), row in zip(pictures, read, rows, strict=True):
-        found = classifier.tell(name, notes, row).as_dict(top)
-        if detail:
-            seen = base64.b64encode(to_png_bytes(image)).decode()
-            found |= {"seen": seen, **await loop.run_in_executor(app.state.decoders, classifier.detail, image)}
-        told.append(found)
+    told = [
+        classifier.tell(name, notes, row).as_dict(top)
+        for (name, _), (_, notes), row in zip(pictures, read, rows, strict=True)
+    ]
+    for each, (image, _), more in zip(told, read, details, strict=False):  # there are none where none are asked for
+        each |= {"seen": base64.b64encode(to_png_bytes(image)).decode(), **more}
     return told
+
+
+async def _receive(request: Request, settings: ServeSettings) -> list[tuple[str, bytes]]:
+    """Returns what `_pictures` does, or refuses: who sends slowly holds a place that others wait for."""
+    try:
+        async with asyncio.timeout(settings.seconds):
+            return await _pictures(request, settings)
+    except TimeoutError as error:
+        told = {"Connection": "close"}  # what may still come would be taken for the next request
+        late = f"The request did not arrive within {settings.seconds:g} seconds."
+        raise _RefusedError(HTTPStatus.REQUEST_TIMEOUT, late, told) from error
 
 
 async def _pictures(request: Request, settings: ServeSettings) -> list[tuple[str, bytes]]:
@@ -257,7 +270,9 @@ class _Frame:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] != "http":
             return await self._app(scope, receive, send)
-        started = time.perf_counter()
+        started, method = time.perf_counter(), scope["method"]
+        if method == "HEAD":  # is GET without the content
+            scope = {**scope, "method": "GET"}
         path = scope["path"] if scope["path"] in PATHS else "other"
         status = 500  # if nothing is sent
 
@@ -266,6 +281,8 @@ class _Frame:
             if message["type"] == "http.response.start":
                 status = message["status"]
                 message["headers"] = [*message.get("headers", ()), *HEADERS]
+            elif method == "HEAD":
+                message["body"] = b""
             await send(message)
 
         app = self._refuse(scope) or self._app
@@ -278,7 +295,7 @@ class _Frame:
             seconds = time.perf_counter() - started
             self._meters.requests.labels(path, str(status)).inc()
             self._meters.seconds.observe(seconds)
-            line = {"method": scope["method"], "path": path, "status": status, "ms": round(1e3 * seconds, 2)}
+            line = {"method": method, "path": path, "status": status, "ms": round(1e3 * seconds, 2)}
             self._log.info(json.dumps(line))
 
     def _refuse(self, scope: Scope) -> Response | None:
@@ -358,6 +375,6 @@ def _body(settings: ServeSettings) -> dict[str, Any]:
 
 def _problems() -> dict[int | str, dict[str, Any]]:
     problem = {"content": {"application/problem+json": {}}}
-    told = {400: "No picture", 401: "No token", 413: "Too large", 415: "Wrong type", 422: "Not a readable picture",
-            503: "Too many pictures wait", 504: "Took too long"}  # fmt: skip
+    told = {400: "No picture", 401: "No token", 408: "Did not arrive in time", 413: "Too large", 415: "Wrong type",
+            422: "Not a readable picture", 503: "Too many pictures wait", 504: "Took too long"}  # fmt: skip
     return {status: {"description": words, **problem} for status, words in told.items()}

@@ -65,8 +65,9 @@ def _listen(host: str, port: int) -> socket.socket:
         found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)
         family, *_, address = min(found, key=lambda each: each[0] != socket.AF_INET)  # localhost has two
         return socket.create_server(address[:2], family=family, backlog=2048)
-    except OSError as error:
-        reason = str(error) if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
+    except (OSError, UnicodeError) as error:  # the latter where no host can be called so
+        named = isinstance(error, (socket.gaierror, UnicodeError))
+        reason = str(error) if named else os.strerror(error.errno or 0)
         raise UserError(
             f"{host}, port {port}, cannot be listened at: {reason.lower()}; name another with --host or --port."
         ) from error
