@@ -1,5 +1,6 @@
 """The command line: parses, calls one function, prints. Imports nothing heavy before it knows the verb."""
 
+import errno
 import json
 import os
 import sys
@@ -85,6 +86,7 @@ def main(arguments: "list[str] | None" = None) -> int:
             document: Any = {"version": __version__}
             people.write(f"dynaconv {__version__}\n")
         elif words[0] in VERBS:
+            stop_on_sigterm()
             document = VERBS[words[0]](words[1:], people, started)
         else:
             raise unknown("verb", words[0], VERBS)
@@ -99,12 +101,23 @@ def main(arguments: "list[str] | None" = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:
-        # The reader of our output has gone; Python would complain once more when it flushes at exit.
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    except BrokenPipeError:  # the reader of our output has gone
+        _close_output()
         return 141
+    except OSError as error:  # a folder that may not be entered, a name that is too long, output to a full disk
+        if error.filename is None and error.errno != errno.ENOSPC:
+            raise
+        if error.filename is None:
+            _close_output()
+        sys.stderr.write(f"dynaconv: {error.filename or 'The output'} cannot be used: {error.strerror}.\n")
+        return 2
     finally:
         _stop_no_more()
+
+
+def _close_output() -> None:
+    """Leaves nothing to flush at exit, where Python would complain once more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def train(words: "list[str]", people: "TextIO", started: float) -> "dict[str, Any]":
@@ -116,7 +129,6 @@ def train(words: "list[str]", people: "TextIO", started: float) -> "dict[str, An
     from dynaconv.recipes import expected_accuracy
     from dynaconv.terminal import display
 
-    stop_on_sigterm()
     say, track = display(people)
     if options.check_resume or options.check_repeat:
         return check_training(recipe, options.check_resume, options.check_repeat, say)
@@ -138,7 +150,6 @@ def resume(words: "list[str]", people: "TextIO", started: float) -> "dict[str, A
     from dynaconv.seeds import PLAN, resume_seeds
     from dynaconv.terminal import display
 
-    stop_on_sigterm()
     say, track = display(people)
     if (path / PLAN).exists():
         return resume_seeds(path, say, track)
@@ -155,7 +166,6 @@ def evaluate(words: "list[str]", people: "TextIO", started: float) -> "dict[str,
     from dynaconv.evaluation import evaluate_run
     from dynaconv.terminal import display
 
-    stop_on_sigterm()
     say, _ = display(people)
     wanted = (options.mixture, options.explain, options.robustness, options.neighbours)
     others = (options.cifar10_c, options.cifar10_1, options.data)
@@ -272,7 +282,6 @@ def check(words: "list[str]", people: "TextIO", started: float) -> "dict[str, An
     from dynaconv.data_check import check_source
     from dynaconv.terminal import display
 
-    stop_on_sigterm()
     say, _ = display(people)
     return check_source(options.source, options.into, say)
 
@@ -285,7 +294,6 @@ def labels(words: "list[str]", people: "TextIO", started: float) -> "dict[str, A
     from dynaconv.label_search import search_label_errors
     from dynaconv.terminal import display
 
-    stop_on_sigterm()
     say, _ = display(people)
     summary = search_label_errors(recipe, options.folds, options.most, options.into, say)
     path = options.into / "candidates.csv"

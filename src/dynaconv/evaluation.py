@@ -16,7 +16,7 @@ from dynaconv.data.images import ImageSet
 from dynaconv.data.sources import load_images, options_of
 from dynaconv.device import keep_freed_memory, pick_device, use_threads
 from dynaconv.errors import UserError
-from dynaconv.files import writing_whole
+from dynaconv.files import making_whole
 from dynaconv.judging.comparison import Comparison, compare, tell_classes, tell_scope, tell_test, tell_verdict
 from dynaconv.judging.evaluate import Evaluation, evaluate
 from dynaconv.judging.explain import METHODS, overlay
@@ -25,7 +25,14 @@ from dynaconv.judging.familiarity import measure_familiarity
 from dynaconv.judging.judgement import Calibration, calibrate, judge, tell, worst_mistakes
 from dynaconv.judging.mixing import view_mixture
 from dynaconv.judging.neighbours import collect_neighbours
-from dynaconv.judging.robustness import Robustness, judge_blocks, judge_robustness, read_cifar10_1, read_cifar10_c
+from dynaconv.judging.robustness import (
+    Block,
+    Robustness,
+    judge_blocks,
+    judge_robustness,
+    read_cifar10_1,
+    read_cifar10_c,
+)
 from dynaconv.judging.trained import (
     Trained,
     load_judged_images,
@@ -161,26 +168,33 @@ def evaluate_run(
         trained = with_source(trained, source)
     keep_freed_memory()
     use_threads(trained.recipe.train.threads)
+    others = _read_others(trained, cifar10_c, cifar10_1)
+    with trained.run.locked():  # two at once would lose looks, and mix what they found
+        document = _judge_split(trained, split, views, device, say)
+        images = _load(trained, split, device) if robustness or mixture or explain else None
+        view = view_mixture(trained.network, images, trained.recipe).as_dict() if images and mixture else None
+        if images is not None and explain:
+            _explain_mistakes(trained, split, images, say)
+        if neighbours:
+            _keep_neighbours(trained, device, say)
+        found: dict[str, Robustness] = {}
+        predict = _predictor(trained, device)
+        if images is not None and robustness:
+            found["own"] = judge_robustness(predict, images.images, images.labels)
+        found |= {name: judge_blocks(predict, blocks, name) for name, blocks in others}
+        if view is not None:
+            _store_mixture(trained.run, view, split, say)
+            document = {**document, "mixture": view}
+        return {**document, **_store_robustness(trained.run, split, found, say)}
+
+
+def _read_others(trained: Trained, cifar10_c: Path | None, cifar10_1: Path | None) -> list[tuple[str, Iterator[Block]]]:
     if (cifar10_c or cifar10_1) and trained.classes != CLASSES:
-        raise UserError(f"The classes of {path} are not those of CIFAR-10; it cannot be judged on their images.")
+        raise UserError(
+            f"The classes of {trained.run.path} are not those of CIFAR-10; it cannot be judged on their images."
+        )
     others = [("CIFAR-10-C", read_cifar10_c(cifar10_c))] if cifar10_c else []
-    others += [("CIFAR-10.1 v6", read_cifar10_1(cifar10_1))] if cifar10_1 else []
-    document = _judge_split(trained, split, views, device, say)
-    images = _load(trained, split, device) if robustness or mixture or explain else None
-    view = view_mixture(trained.network, images, trained.recipe).as_dict() if images and mixture else None
-    if images is not None and explain:
-        _explain_mistakes(trained, split, images, say)
-    if neighbours:
-        _keep_neighbours(trained, device, say)
-    found: dict[str, Robustness] = {}
-    predict = _predictor(trained, device)
-    if images is not None and robustness:
-        found["own"] = judge_robustness(predict, images.images, images.labels)
-    found |= {name: judge_blocks(predict, blocks, name) for name, blocks in others}
-    if view is not None:
-        _store_mixture(trained.run, view, split, say)
-        document = {**document, "mixture": view}
-    return {**document, **_store_robustness(trained.run, split, found, say)}
+    return others + ([("CIFAR-10.1 v6", read_cifar10_1(cifar10_1))] if cifar10_1 else [])
 
 
 def _store_robustness(
@@ -321,15 +335,16 @@ def compare_runs(
     for line in (tell_verdict(found), tell_scope(found), tell_test(found), *tell_classes(found)):
         say(line)
     if into is not None:
-        into.mkdir(parents=True, exist_ok=True)
-        with writing_whole(into / "comparison.json") as temporary:
-            temporary.write_text(json.dumps(found.as_dict(), indent=2) + "\n")
-        _draw_flips(found, first, second, split, into / "flips.png")
+        with making_whole(into) as draft:
+            (draft / "comparison.json").write_text(json.dumps(found.as_dict(), indent=2) + "\n")
+            _draw_flips(found, first, second, split, draft / "flips.png", say)
         say(f"Written to {into}: {', '.join(sorted(path.name for path in into.iterdir()))}")
     return found.as_dict()
 
 
-def _draw_flips(found: Comparison, first: Path, second: Path, split: str, path: Path) -> None:
+def _draw_flips(
+    found: Comparison, first: Path, second: Path, split: str, path: Path, say: Callable[[str], None]
+) -> None:
     """Draws images that one side has right and the other wrong, where the images are at hand."""
     half = SHOWN // 2
     lost, gained = found.right_to_wrong.indices[:half], found.wrong_to_right.indices[:half]
@@ -339,7 +354,11 @@ def _draw_flips(found: Comparison, first: Path, second: Path, split: str, path: 
     recipe = run.read_recipe()
     options = options_of(recipe.data)
     logits, _, classes, digest = run.read_predictions(split)
-    images = load_images(recipe.data.source, "test" if split == "test" else "train", options)
+    try:
+        images = load_images(recipe.data.source, "test" if split == "test" else "train", options)
+    except UserError as error:
+        say(f"The images that flipped are not drawn: {error}")
+        return
     if split == "validation":
         images = images.subset(torch.tensor(run.read_json("split.json")["validation"]))
     images = images.with_classes(classes)

@@ -82,7 +82,9 @@ def run_experiment(
     RunDir.require_free(path)
     device, precision = _set_up(recipe, say)
     data = load_training_data(recipe, device, say)
-    recipe = with_settings(recipe, source=data.source)
+    # Absolute, so that the stored recipe names the same from wherever it is trained again.
+    without = recipe.data.without and str(Path(recipe.data.without).expanduser().resolve())
+    recipe = with_settings(recipe, source=data.source, without=without)
     if seen := glance(data.train):
         say(f"{seen} {data.source}.")
     clock = _Clock(started)

@@ -37,6 +37,31 @@ def writing_whole(path: Path) -> Generator[Path]:
             temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def making_whole(folder: Path) -> Generator[Path]:
+    """Gives a temporary folder to fill, and moves it to `folder` only when that succeeded; what is there is replaced.
+
+    Raises:
+        UserError: the disk is full, or the folder cannot be made. What `folder` held before is still there.
+    """
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as name:
+            draft, before = Path(name) / "draft", Path(name) / "before"
+            draft.mkdir()  # readable as any other folder of the user, which the temporary one is not
+            yield draft
+            if folder.exists():
+                folder.rename(before)
+            try:
+                draft.rename(folder)
+            except OSError:
+                if before.exists():
+                    before.rename(folder)
+                raise
+    except OSError as error:
+        raise UserError(f"The folder {folder} cannot be written: {error.strerror or error}.") from error
+
+
 def read_bounded(path: Path, most: int) -> bytes:
     """Reads a plain file of at most `most` bytes.
 

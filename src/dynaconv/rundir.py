@@ -193,7 +193,10 @@ class RunDir:
             raise UserError(f"{path} cannot be read: it is damaged, or was written by something else.") from error
 
     def add_look(self, command: str) -> int:
-        """Records a look at the test images, before it is taken; returns how many there were, this one included."""
+        """Records a look at the test images, before it is taken; returns how many there were, this one included.
+
+        The run must be `locked`: of two looks at the same time one would be lost.
+        """
         looks = [*self.looks(), {"time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()), "command": command}]
         self.write_json(LOOKS, looks)
         return len(looks)

@@ -5,6 +5,7 @@ import io
 import math
 import re
 import shlex
+import zlib
 from collections.abc import Generator, Sequence
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,11 @@ from dynaconv.rundir import RESULT, RunDir
 WATTS_PER_THREAD = 8.0
 """What a busy thread of a server draws, roughly: for an estimate of the energy, which is marked as one."""
 JOULES_PER_WATT_HOUR = 3600
+MARKS = {
+    "report.html": '<meta name="generator" content="dynaconv">',
+    "model-card.md": "A dynamic-convolution image classifier with",
+}
+"""What stands in every file that `write_report` wrote, by its template."""
 
 
 def write_report(paths: Sequence[Path], into: Path | None = None) -> list[Path]:
@@ -39,7 +45,7 @@ def write_report(paths: Sequence[Path], into: Path | None = None) -> list[Path]:
 
     Raises:
         UserError: a folder is no run, or one that has not finished, or holds no judgement, or is named twice; or the
-            file's name is not that of a page.
+            file's name is not that of a page, or what stands there is no report.
     """
     page = into or paths[0] / "report.html"
     if page.suffix.lower() not in (".html", ".htm"):
@@ -48,6 +54,8 @@ def write_report(paths: Sequence[Path], into: Path | None = None) -> list[Path]:
     if twice := [path for path, place in zip(paths, resolved, strict=True) if resolved.count(place) > 1]:
         raise UserError(f"{twice[-1]} is named twice; name each run once.")
     files = {"report.html": page, "model-card.md": page.with_name("model-card.md")}
+    if into is not None:
+        _require_ours(files)
     with _refusing_altered(paths):
         runs = [_read(path) for path in paths]
         facts = {"run": runs[0], "runs": runs, "comparisons": _compare(paths), "version": __version__}
@@ -56,6 +64,17 @@ def write_report(paths: Sequence[Path], into: Path | None = None) -> list[Path]:
         with writing_whole(path) as temporary:
             temporary.write_text(texts[name], encoding="utf-8")
     return list(files.values())
+
+
+def _require_ours(files: dict[str, Path]) -> None:
+    """Raises UserError where something would be replaced that no report wrote."""
+    for name, path in files.items():
+        try:
+            own = not path.exists() or (path.is_file() and MARKS[name] in path.read_text("utf-8", "replace"))
+        except OSError as error:
+            raise UserError(f"{path} cannot be read: {error.strerror or error}.") from error
+        if not own:
+            raise UserError(f"{path} was not written by `dynaconv report`; name a page elsewhere with --into.")
 
 
 def render_card(path: Path, source: str) -> str:
@@ -202,6 +221,9 @@ def _as_svg(figure: Figure) -> str:
     drawn = re.sub(r'(<svg[^>]*?) width="[^"]*"([^>]*?) height="[^"]*"', r"\1\2", drawn, count=1)
     drawn = re.sub(r"stroke: #(000000|b0b0b0|cccccc)", "stroke: currentColor", drawn)
     drawn = re.sub(r"fill: #ffffff", "fill: none", drawn)
+    # Every figure counts its parts from 1; in a page each name may stand once.
+    prefix = f"f{zlib.crc32(drawn.encode()):08x}-"
+    drawn = re.sub(r'((?: id="|href="#|url\(#))', rf"\1{prefix}", drawn)
     drawn = drawn.replace("<svg ", '<svg aria-hidden="true" focusable="false" fill="currentColor" ', 1)
     return drawn
 

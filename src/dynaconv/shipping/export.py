@@ -139,7 +139,8 @@ def export_run(run: Path, options: ExportOptions, say: Callable[[str], None] = p
     threads = use_threads(trained.recipe.train.threads)
     images = load_judged_images(trained, options.split, options_of(trained.recipe.data))
     if options.split == "test":
-        count = trained.run.add_look(f"dynaconv export {run} --split test")
+        with trained.run.locked():
+            count = trained.run.add_look(f"dynaconv export {run} --split test")
         say(f"This is look {count} at the test images by this run; each is recorded.")
     facts = _facts(classifier, options)
     try:

@@ -17,6 +17,8 @@ from dynaconv.shipping.prediction import BATCH, PictureClassifier, Prediction, f
 
 GAP = 8
 """Pixels between the two halves of an explanation."""
+LETTERS = 50
+"""Of a picture's name in that of its explanation: of up to four bytes each, they fit any file system."""
 
 
 def predict_files(
@@ -46,9 +48,13 @@ def predict_files(
         UserError: no such run, no such picture, or a file or folder that cannot be written.
         WorkError: some pictures could not be read; the others have been told.
     """
-    if into is not None and into.exists():
-        raise UserError(f"{into} exists; name another file with --into.")
+    if into is not None:
+        if into.exists():
+            raise UserError(f"{into} exists; name another file with --into.")
+        if not into.parent.is_dir():
+            raise UserError(f"The folder {into.parent} does not exist; make it first.")
     classifier = load_classifier(run)
+    top = min(top, len(classifier.classes))
     paths = find_pictures(words, sys.stdin)
     if explain is not None:
         _make_folder(explain, run)
@@ -65,7 +71,8 @@ def predict_files(
             tell(prediction)
             told.append(prediction.as_dict(top))
             if explain is not None:
-                _explain(classifier, prediction, explain / f"{len(told):04d}-{Path(prediction.name).stem}.png")
+                short = Path(prediction.name).stem[:LETTERS]
+                _explain(classifier, prediction, explain / f"{len(told):04d}-{short}.png")
     if into is not None:
         _write(into, told, lines.getvalue(), form)
         stream.write(f"{len(told)} predictions: {into}\n")

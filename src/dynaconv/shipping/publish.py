@@ -5,7 +5,6 @@ import json
 import os
 import re
 import shutil
-import tempfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 import torch
 
 from dynaconv.errors import UserError, WorkError
+from dynaconv.files import making_whole
 from dynaconv.judging.trained import load_trained, require_finished
 from dynaconv.reporting.report import render_card
 from dynaconv.rundir import CALIBRATION, FAMILIARITY, RESULT, WEIGHTS, RunDir
@@ -24,6 +24,8 @@ CARD = "README.md"
 AS_THEY_ARE = (WEIGHTS, FAMILIARITY, CALIBRATION, "model.json")
 NAMING_THE_SOURCE = ("recipe.json", RESULT)
 """Where the images came from stands in these; a folder of this machine is nobody's business."""
+PATHS = ("without",)
+"""What is a path in them, whatever it looks like."""
 FIGURES = ("curves", "grid")
 EXPORTS, CERTIFICATE = ("*.onnx", "*.pt2"), ".certificate.json"
 LIBRARY = {"library_name": "dynaconv"}
@@ -62,19 +64,10 @@ def publish_run(
         raise UserError(f"{into} is or holds the run itself; name another folder with --into.")
     _require_room(into, overwrite)
     source = _without_folder(trained.recipe.data.source)
-    try:
-        into.parent.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=into.parent, prefix=f".{into.name}.") as folder:
-            draft = Path(folder) / into.name
-            draft.mkdir()
-            _copy(run, draft)
-            card = render_card(run, source)  # which refuses figures that are not as a run writes them
-            (draft / CARD).write_text(_front_matter(trained.run, source, license_id) + card, encoding="utf-8")
-            if into.exists():
-                shutil.rmtree(into)
-            draft.replace(into)
-    except OSError as error:
-        raise UserError(f"The folder {into} cannot be written: {error.strerror or error}.") from error
+    with making_whole(into) as draft:
+        _copy(run, draft)
+        card = render_card(run, source)  # which refuses figures that are not as a run writes them
+        (draft / CARD).write_text(_front_matter(trained.run, source, license_id) + card, encoding="utf-8")
     written = sorted(str(path.relative_to(into)) for path in into.rglob("*") if path.is_file())
     say(f"{into}: {', '.join(written)}")
     return written
@@ -187,7 +180,10 @@ def _require_proven(export: Path, certificate: Any, run: Path) -> None:
 def _cleaned(document: Any) -> Any:
     """Takes the folders off the paths in a JSON document."""
     if isinstance(document, dict):
-        return {name: _cleaned(value) for name, value in document.items()}
+        return {
+            name: _file_name(value) if name in PATHS and isinstance(value, str) else _cleaned(value)
+            for name, value in document.items()
+        }
     if isinstance(document, list):
         return [_cleaned(value) for value in document]
     return _without_folder(document) if isinstance(document, str) else document
@@ -195,7 +191,11 @@ def _cleaned(document: Any) -> Any:
 
 def _without_folder(text: str) -> str:
     looks_like_path = text.startswith(("/", "~", "./", "../", "\\")) or re.match(r"[A-Za-z]:[\\/]", text)
-    return re.split(r"[\\/]", text.rstrip("\\/"))[-1] if looks_like_path else text
+    return _file_name(text) if looks_like_path else text
+
+
+def _file_name(path: str) -> str:
+    return re.split(r"[\\/]", path.rstrip("\\/"))[-1]
 
 
 def _front_matter(run: RunDir, source: str, license_id: str | None) -> str:
