@@ -78,6 +78,14 @@ def test_evaluating_again_gives_the_same_and_counts_the_look(run):
     assert len(run.looks()) == 2
 
 
+def test_a_run_is_judged_by_one_process_at_a_time(run, capsys):
+    looks = run.looks()
+    with run.locked():
+        assert main(["evaluate", str(run.path), "--split", "test"]) == 2
+    assert "Another process is at work in" in capsys.readouterr().err
+    assert run.looks() == looks
+
+
 def test_images_in_a_folder_are_found_from_anywhere_and_where_they_went_to(tmp_path, monkeypatch, capsys):
     digits = load_digits()
     for place in range(200):
@@ -146,6 +154,25 @@ def test_two_runs(seeds, tmp_path):
     assert (tmp_path / "compared" / "flips.png").read_bytes().startswith(b"\x89PNG")
     accuracies = [RunDir.open(folder / f"seed-{seed}").read_json("result.json")["test_accuracy"] for seed in (0, 1)]
     assert found["difference"]["value"] == pytest.approx(accuracies[1] - accuracies[0])
+
+
+def test_a_comparison_is_written_whole_or_not_at_all(seeds, tmp_path, monkeypatch, capsys):
+    runs = [str(seeds[0] / f"seed-{seed}") for seed in (0, 1)]
+    (tmp_path / "file").write_text("mine")
+    assert main(["compare", *runs, "--into", str(tmp_path / "file" / "compared")]) == 2
+    assert "cannot be written: " in capsys.readouterr().err
+
+    def full(figure, path):
+        raise UserError(f"{path} cannot be written: No space left on device.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr("dynaconv.evaluation.save_figure", full)
+        assert main(["compare", *runs, "--into", str(tmp_path / "compared")]) == 2
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+    monkeypatch.setattr("dynaconv.evaluation.load_images", lambda *_: full(None, "where the images were"))
+    assert main(["compare", *runs, "--into", str(tmp_path / "compared")]) == 0
+    assert "The images that flipped are not drawn: where the images were" in capsys.readouterr().out
+    assert [path.name for path in (tmp_path / "compared").iterdir()] == ["comparison.json"]
 
 
 def test_runs_on_other_images_are_refused(seeds, tmp_path):

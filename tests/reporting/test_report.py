@@ -108,6 +108,30 @@ def test_every_picture_and_figure_has_a_text(page):
     assert parsed.all("html")[0]["lang"] == "en"
 
 
+def test_every_id_stands_once_and_every_reference_has_one(page):
+    ids = [attributes["id"] for _, attributes in Page(page).elements if "id" in attributes]
+    assert len(ids) > 100
+    assert len(ids) == len(set(ids))
+    references = re.findall(r'(?:href="#|url\(#)([^")]+)', page)
+    assert references
+    assert set(references) <= set(ids)
+
+
+def test_what_no_report_wrote_is_not_replaced(runs, tmp_path, capsys):
+    words = ["report", str(runs / "run0"), "--into"]
+    for name, content in (("own.html", "<p>mine</p>"), ("model-card.md", "# mine"), ("folder.html", None)):
+        folder = tmp_path / name.partition(".")[0]
+        folder.mkdir()
+        (folder / name).mkdir() if content is None else (folder / name).write_text(content)
+        into = folder / (name if name.endswith("html") else "page.html")
+        assert main([*words, str(into)]) == 2
+        assert f"{name} was not written by `dynaconv report`" in capsys.readouterr().err
+        assert [path.name for path in folder.iterdir()] == [name]
+        assert content is None or (folder / name).read_text() == content
+    for _ in range(2):  # its own it writes anew
+        assert main([*words, str(tmp_path / "page.html")]) == 0
+
+
 def test_the_page_is_the_same_each_time(runs, page, tmp_path):
     (path, _) = write_report([runs / "run0"], tmp_path / "again.html")
     assert path.read_text(encoding="utf-8") == page

@@ -5,8 +5,11 @@ import csv
 import io
 import json
 import os
+import re
 import shutil
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -240,6 +243,44 @@ def test_a_name_that_is_no_text_is_told_all_the_same(form, run, pictures, tmp_pa
     else:
         told = (tmp_path / "found").read_text(encoding="utf-8")
     assert r"bad\udcff.png" in told
+
+
+def test_where_it_cannot_be_written_is_told_before_anything_is_classified(run, pictures, tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr("dynaconv.shipping.predictions.load_classifier", None)
+    assert main(["predict", str(run), str(pictures), "--into", str(tmp_path / "none" / "found.csv")]) == 2
+    assert "none does not exist; make it first" in capsys.readouterr().err
+
+
+def test_no_more_classes_are_told_than_there_are(run, pictures, capsys):
+    assert main(["predict", str(run), str(pictures), "--form", "csv", "--top", "100"]) == 0
+    header, *rows = csv.reader(io.StringIO(capsys.readouterr().out))
+    assert {len(row) for row in rows} == {len(header)} == {4 + 2 * 9}
+
+
+def test_a_long_name_can_be_explained(run, pictures, tmp_path):
+    (pictures / "b.png").rename(pictures / f"{'ä' * 110}.png")
+    assert main(["predict", str(run), str(pictures), "--explain", str(tmp_path / "explained")]) == 0
+    assert len(list((tmp_path / "explained").iterdir())) == 3
+
+
+@pytest.mark.skipif(sys.platform == "win32", reason="it has other limits")
+@pytest.mark.parametrize("where", ["picture", "into", "run"])
+def test_names_that_the_system_refuses_are_told(where, run, pictures, tmp_path, capsys):
+    long = str(tmp_path / ("x" * 300))
+    words = ["predict", long if where == "run" else str(run), long if where == "picture" else str(pictures)]
+    assert main([*words, *(["--into", long] if where == "into" else [])]) == 2
+    assert re.fullmatch(
+        r"dynaconv: .*x{300}\S* cannot be (used|read).*: File name too long.*\n", capsys.readouterr().err
+    )
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="there is no /dev/full")
+def test_a_full_disk_behind_the_output_is_told(run, pictures):
+    words = [sys.executable, "-m", "dynaconv", "predict", str(run), str(pictures)]
+    with Path("/dev/full").open("w") as full:
+        done = subprocess.run(words, stdout=full, stderr=subprocess.PIPE, text=True)
+    assert done.returncode == 2
+    assert done.stderr == "dynaconv: The output cannot be used: No space left on device.\n"
 
 
 def test_parquet_needs_a_file(run, pictures, capsys):

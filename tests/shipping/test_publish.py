@@ -48,6 +48,7 @@ def run(tmp_path_factory):
     # As if the images had come from a folder of this machine.
     recipe = json.loads((path / "recipe.json").read_text())
     recipe["data"]["source"] = "/data/somebody/secret/digits"
+    recipe["data"]["without"] = "somebody/secret/doubtful.csv"
     (path / "recipe.json").write_text(json.dumps(recipe))
     return path
 
@@ -74,7 +75,8 @@ def test_no_folder_or_command_of_this_machine_is_in_it(run, published):
         assert "private-folder" not in text
         assert "somebody" not in text
         assert "secret" not in text
-    assert json.loads((published / "recipe.json").read_text())["data"]["source"] == "digits"
+    data = json.loads((published / "recipe.json").read_text())["data"]
+    assert (data["source"], data["without"]) == ("digits", "doubtful.csv")
 
 
 def test_the_hub_can_read_the_card(run, published):
@@ -158,6 +160,18 @@ def test_nothing_of_others_is_replaced(run, tmp_path, capsys):
     assert main([*words, "--overwrite"]) == 2
     assert "holds README.md, which no publication wrote" in capsys.readouterr().err
     assert [path.name for path in tmp_path.iterdir()] == ["model"]
+
+
+def test_a_publication_stays_until_the_next_is_whole(run, published, tmp_path, monkeypatch):
+    shutil.copytree(published, tmp_path / "model")
+
+    def stopped(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("dynaconv.shipping.publish.render_card", stopped)
+    assert main(["publish", str(run), "--into", str(tmp_path / "model"), "--overwrite"]) == 130
+    assert [path.name for path in tmp_path.iterdir()] == ["model"]
+    assert sorted(path.name for path in (tmp_path / "model").iterdir()) == sorted(p.name for p in published.iterdir())
 
 
 def test_the_run_itself_is_never_replaced(run, tmp_path):
