@@ -251,6 +251,9 @@ def serve(words: "list[str]", people: "TextIO", started: float) -> "dict[str, An
     from dynaconv.arguments import parse_serve
 
     options = parse_serve(words)
+    # Of torch's threads, read when it is imported: who waits for the others by spinning takes the processor from those
+    # who read the next pictures.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         from dynaconv.shipping.serve import ServeSettings
         from dynaconv.shipping.server import serve as run_server

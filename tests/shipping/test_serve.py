@@ -309,7 +309,8 @@ def test_images_are_computed_together_and_each_gets_its_own():
     [
         (0, 0.002, 1),  # a batch gains nothing
         (0.005, 0.0001, 64),  # the larger, the better, to the last
-        (0.011, 0.0035, 16),  # of 16, 239 a second; 32 would take longer than anybody should wait
+        (0.004, 0.004, 4),  # 200 a second, of 16 it would be 235
+        (0.04, 0.0025, 16),  # 200 a second; 32 would take longer than anybody should wait
         (0.15, 0, 1),  # none is computed soon enough
     ],
 )

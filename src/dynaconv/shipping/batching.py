@@ -15,8 +15,9 @@ Probabilities = npt.NDArray[np.float64]
 
 SIZES = (1, 2, 4, 8, 16, 32, 64)
 """Of batches that are tried."""
-ENOUGH = 0.9
-"""Of the highest rate. The rest is not worth the time that larger batches let everybody wait."""
+ENOUGH = 0.75
+"""Of the highest rate. Computing is about half of what a request costs, so that the rest is hardly noticed in how many
+are answered, and larger batches let everybody wait: docs/log.md, 2026-11-27."""
 LONGEST = 0.1
 """Seconds for a batch: who asks waits for the one before his and for his own."""
 
