@@ -54,7 +54,7 @@ def making_whole(folder: Path) -> Generator[Path]:
                 folder.rename(before)
             try:
                 draft.rename(folder)
-            except OSError:
+            except BaseException:  # SIGTERM as well
                 if before.exists():
                     before.rename(folder)
                 raise

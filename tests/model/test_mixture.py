@@ -142,3 +142,21 @@ def test_a_weighted_sum_and_its_gradients_keep_the_order_of_the_maps():
     expected = torch.cos(maps * (1 + weights[:, :, None, None])).detach()
     torch.testing.assert_close(maps.grad, expected * (1 + weights[:, :, None, None]).detach())
     torch.testing.assert_close(weights.grad[:, 0], (expected * maps).sum((1, 2, 3)).detach())
+
+
+@pytest.mark.parametrize("form", FORMS)
+@pytest.mark.parametrize("sides", [(3, 3), (3, 1)])
+def test_a_form_trains_inside_autocast_backward_pass_included(form, sides):
+    generator = torch.Generator().manual_seed(0)
+    inputs, weights = torch.randn(3, 8, 6, 6, generator=generator), torch.randn(3, 2, generator=generator)
+    kernels = [torch.randn(8, 8, side, side, generator=generator) for side in sides]
+    gradients = []
+    for enabled in (False, True):
+        leaves = [tensor.clone().requires_grad_() for tensor in (inputs, weights, *kernels)]
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            maps = leaves[0].bfloat16() if enabled else leaves[0]  # as they come out of the block before
+            FORMS[form](maps, leaves[2:], leaves[1]).float().square().mean().backward()
+        gradients.append([leaf.grad for leaf in leaves])
+    for exact, rounded in zip(*gradients, strict=True):
+        assert rounded.dtype == torch.float32
+        assert (exact - rounded).norm() < 0.03 * exact.norm()

@@ -117,6 +117,12 @@ class _Mixture(torch.autograd.Function):
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
         ctx: Any, gradient: torch.Tensor
     ) -> tuple[torch.Tensor | None, ...]:
+        # A training stands inside autocast as a whole, its backward passes as well; the transforms need all digits.
+        with torch.autocast(gradient.device.type, enabled=False):
+            return _Mixture._go_back(ctx, gradient)
+
+    @staticmethod
+    def _go_back(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         tiles, weights, *transformed = ctx.saved_tensors
         rows, columns = ctx.axes
         products = _transform(gradient.permute(2, 3, 0, 1), rows.writing.mT, columns.writing.mT)
