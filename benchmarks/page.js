@@ -28,6 +28,7 @@ async function look(browser, view) {
   });
   await page.goto(server);
   if (view.keyboard) {
+    await page.waitForFunction(() => document.hasFocus()); // a key that comes sooner goes nowhere
     await page.keyboard.press("Tab");
     const [chooser] = await Promise.all([page.waitForEvent("filechooser"), page.keyboard.press("Enter")]);
     await chooser.setFiles(view.file);

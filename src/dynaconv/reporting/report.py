@@ -220,7 +220,8 @@ def _as_svg(figure: Figure) -> str:
     drawn = re.sub(r'(<svg[^>]*?) height="[^"]*"([^>]*?) width="[^"]*"', r"\1\2", drawn, count=1)
     drawn = re.sub(r'(<svg[^>]*?) width="[^"]*"([^>]*?) height="[^"]*"', r"\1\2", drawn, count=1)
     drawn = re.sub(r"stroke: #(000000|b0b0b0|cccccc)", "stroke: currentColor", drawn)
-    drawn = re.sub(r"fill: #ffffff", "fill: none", drawn)
+    drawn = drawn.replace("fill: #ffffff; opacity: 0.8", "fill: var(--paper); opacity: 0.8")  # behind a legend
+    drawn = drawn.replace("fill: #ffffff", "fill: none")
     # Every figure counts its parts from 1; in a page each name may stand once.
     prefix = f"f{zlib.crc32(drawn.encode()):08x}-"
     drawn = re.sub(r'((?: id="|href="#|url\(#))', rf"\1{prefix}", drawn)
