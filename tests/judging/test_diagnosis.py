@@ -156,9 +156,12 @@ SMALL = {"training_accuracy": 0.6, "validation_accuracy": 0.59, "validation_loss
     ("changed", "known", "expected"),
     [
         ({}, {}, "capacity"),
-        ({"training_accuracy": [0.3, 0.5, 0.6, 0.6049]}, {}, "capacity"),
-        ({"training_accuracy": [0.3, 0.5, 0.6, 0.6051]}, {}, None),
-        ({"training_accuracy": [0.3, 0.5, 0.6, 0.5949]}, {}, None),
+        ({"training_accuracy": [0.3, 0.6, 0.6, 0.6049]}, {}, "capacity"),
+        ({"training_accuracy": [0.3, 0.6, 0.6, 0.6051]}, {}, None),
+        ({"training_accuracy": [0.3, 0.6, 0.6, 0.5949]}, {}, None),
+        # It learned for as long as its rates let it.
+        ({"training_accuracy": [0.3, 0.594, 0.6, 0.6]}, {}, None),
+        ({"training_accuracy": [0.3, 0.596, 0.6, 0.6]}, {}, "capacity"),
         ({"validation_accuracy": 0.581}, {}, "capacity"),
         ({"validation_accuracy": 0.579}, {}, None),
         ({"validation_accuracy": 0.89}, {"training_accuracy": 0.899}, "capacity"),

@@ -181,15 +181,18 @@ def _undertrained(facts: Facts) -> Diagnosis | None:
 
 
 def _capacity(facts: Facts) -> Diagnosis | None:
-    """Capacity: accuracy as low on training images as on validation images, and flat at the end."""
+    """Capacity: accuracy as low on training images as on validation images, and flat in the second half.
+
+    The last quarter alone proves nothing: where rates fall to zero, the end of any training is flat.
+    """
     curve = _curve(facts, "training_accuracy")
     training, accuracy = _training_accuracy(facts), _validation_accuracy(facts)
     # Images that are not augmented are easier: where those of the training were not judged, validation stands for them.
     if not curve or (accuracy is None and facts.training_accuracy is None):
         return None
     reached = max(training, accuracy or 0.0)
-    rise = _rise(facts, curve)
-    if reached >= LOW or abs(rise) > FLAT or (accuracy is not None and training - accuracy > CLOSE):
+    rise, earlier = _rise(facts, curve), _rise(facts, curve[: -_quarter(facts)])
+    if reached >= LOW or max(abs(rise), abs(earlier)) > FLAT or (accuracy is not None and training - accuracy > CLOSE):
         return None
     sentence = (
         f"Limited by capacity: no more than {training:.1%} of the {_kind(facts)}training images are right, and the "
