@@ -50,9 +50,9 @@ def making_whole(folder: Path) -> Generator[Path]:
             draft, before = Path(name) / "draft", Path(name) / "before"
             draft.mkdir()  # readable as any other folder of the user, which the temporary one is not
             yield draft
-            if folder.exists():
-                folder.rename(before)
             try:
+                if folder.exists():
+                    folder.rename(before)
                 draft.rename(folder)
             except BaseException:  # SIGTERM as well
                 if before.exists():

@@ -198,6 +198,7 @@ def find_pictures(words: Sequence[str], lines: Iterable[str]) -> list[Path]:
                 each for each in path.rglob("*") if each.suffix.lower() in PICTURE_SUFFIXES and each.is_file()
             )
             if not below:
+                next(path.iterdir(), None)  # an OSError where it may not be read, which the search passes over
                 raise UserError(f"The folder {path} holds no pictures.")
             found += below
         elif path.exists():
