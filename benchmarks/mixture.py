@@ -1,10 +1,12 @@
 """Times every form of the K-convolution mixture against a static convolution of the same shape, in turn.
 
-Command: python benchmarks/mixture.py
+Commands: python benchmarks/mixture.py
+          python benchmarks/mixture.py cuda    (writes results/mixture-cuda.json and docs/figures/mixture-cuda.png)
 Takes: about ten minutes on two cores. Forward and backward at a batch of 128, and a single image forward; in float32,
 and in bfloat16 where the processor has it, the weights being float32 as in training. Draws docs/figures/mixture.png.
 """
 
+import sys
 import time
 from functools import partial
 from pathlib import Path
@@ -35,6 +37,17 @@ DRAWN = [(64, 64, 32), (128, 128, 16), (256, 256, 8), (512, 512, 4)]
 ROUNDS = 5
 
 
+DEVICE = torch.device(sys.argv[1] if len(sys.argv) > 1 else "cpu")
+CUDA = DEVICE.type == "cuda"
+STEPS = 5 if CUDA else 1
+"""Forward and backward passes timed together: an accelerator takes its work in advance."""
+
+
+def wait() -> None:
+    if CUDA:
+        torch.cuda.synchronize()
+
+
 def by_place(maps: torch.Tensor) -> torch.Tensor:
     return maps.permute(2, 3, 0, 1).contiguous().permute(2, 3, 0, 1)
 
@@ -54,28 +67,33 @@ def measure(
     trained = images > 1
 
     def fresh(*shape):
-        return torch.randn(*shape, generator=generator).requires_grad_(trained)
+        return torch.randn(*shape, generator=generator).to(DEVICE).requires_grad_(trained)
 
-    maps = torch.randn(images, channels, side, side, generator=generator).to(precision)
+    maps = torch.randn(images, channels, side, side, generator=generator).to(DEVICE, precision)
     # Each form gets its inputs as they lie in a network that is made of it.
     layouts = {"winograd": by_place(maps).requires_grad_(trained)}
     usual = maps.contiguous(memory_format=torch.channels_last).requires_grad_(trained)
     kernels, weights = [fresh(outputs, channels, size, size) for size in sizes], fresh(images, len(sizes))
     contenders = {"static": (partial(torch.nn.functional.conv2d, weight=kernels[0], padding=1), kernels[:1])}
     for name, mix in FORMS.items():
+        if CUDA and name == "winograd":
+            continue  # written for the CPU's caches and matrix products
         contenders[name] = (partial(mix, kernels=kernels, weights=weights), [*kernels, weights])
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
     for round_number in range(ROUNDS + 1):
         for name, (convolve, parameters) in contenders.items():
             inputs = layouts.get(name, usual)
+            steps = STEPS if trained else 20
+            wait()
             started = time.perf_counter()
-            if trained:
-                step(convolve, inputs, parameters)
-            else:
-                for _ in range(20):
+            for _ in range(steps):
+                if trained:
+                    step(convolve, inputs, parameters)
+                else:
                     convolve(inputs)
+            wait()
             if round_number:  # the first round warms up
-                seconds[name].append((time.perf_counter() - started) / (1 if trained else 20))
+                seconds[name].append((time.perf_counter() - started) / steps)
     static = over_repeats(seconds["static"])
     ratios = {
         name: over_repeats([a / b for a, b in zip(values, seconds["static"], strict=True)])
@@ -101,6 +119,8 @@ def draw(metrics: dict[str, dict[str, object]], precisions: list[torch.dtype], p
         figure.subplots(1, len(precisions), squeeze=False, sharey=True)[0], precisions, strict=True
     ):
         for form, marker in zip(FORMS, "osD^v", strict=True):
+            if CUDA and form == "winograd":
+                continue
             rows = [metrics[name_of(*shape, (3, 3, 3, 3), BATCH, precision)] for shape in DRAWN]
             axes.plot([row["times_static"][form]["median"] for row in rows], marker=marker, label=form)  # pyright: ignore
         axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
@@ -118,16 +138,17 @@ def draw(metrics: dict[str, dict[str, object]], precisions: list[torch.dtype], p
 def main() -> None:
     keep_freed_memory()
     use_threads(0)
-    device = torch.device("cpu")
-    precisions = [torch.float32, *([torch.bfloat16] if has_fast_bfloat16(device) else [])]
+    torch.backends.cudnn.benchmark = CUDA
+    precisions = [*([] if CUDA else [torch.float32]), *([torch.bfloat16] if has_fast_bfloat16(DEVICE) else [])]
     metrics = {}
     for precision in precisions:
         cases = [(*shape, sizes, BATCH, precision) for shape in SHAPES for sizes in KERNEL_SIZES]
         cases += [(*shape, (3, 3, 3, 3), 1, precision) for shape in DRAWN]
-        with computing_in(precision, device):
+        with computing_in(precision, DEVICE):
             metrics |= {name_of(*case): measure(*case) for case in cases}
-    print(write_result("mixture", metrics))
-    draw(metrics, precisions, Path("docs/figures/mixture.png"))
+    name = "mixture-cuda" if CUDA else "mixture"
+    print(write_result(name, metrics, device=DEVICE))
+    draw(metrics, precisions, Path(f"docs/figures/{name}.png"))
 
 
 if __name__ == "__main__":

@@ -39,6 +39,8 @@ def measured_commit() -> str:
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
 
+    if not (ROOT / ".git").exists():  # a copy of the tree on another machine, which has to be told
+        return os.environ.get("MEASURED_COMMIT", "unknown")
     changed = git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!docs/figures")
     return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
 
@@ -47,9 +49,15 @@ COMMIT = measured_commit()
 """Taken when a script starts: what is edited while it runs is not what it measures."""
 
 
-def write_result(name: str, metrics: dict[str, Any], seeds: Sequence[int] = (), **more: Any) -> Path:
-    """Writes results/NAME.json with the command, commit and machine of this process."""
-    environment = describe_environment(torch.device("cpu"))
+def write_result(
+    name: str,
+    metrics: dict[str, Any],
+    seeds: Sequence[int] = (),
+    device: torch.device = torch.device("cpu"),  # noqa: B008 - immutable
+    **more: Any,
+) -> Path:
+    """Writes results/NAME.json with the command, commit and machine of this process; `device` did the work."""
+    environment = describe_environment(device)
     document = {
         "name": name,
         # A path of this machine means nothing on another: its last part stands for it.

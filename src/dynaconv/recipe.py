@@ -83,7 +83,7 @@ class DataSettings:
 class AugmentSettings:
     """The transforms of the training images, drawn anew for every image, and the normalisation of all images.
 
-    Order: RandomAffine, ColorJitter, Normalize. Zero strength switches a transform off.
+    Order: RandomAffine, ColorJitter, Cutout, Normalize. Zero strength switches a transform off.
     """
 
     degrees: float = 15.0
@@ -111,6 +111,9 @@ class AugmentSettings:
     """ColorJitter: factor is drawn from [1 - saturation, 1 + saturation], 0 to 1. Colour images only."""
     hue: float = 0.02
     """ColorJitter: turn of the hue circle is drawn from [-hue, hue], 0 to 0.5 of a full turn. Colour images only."""
+    cutout: float = 0.0
+    """Cutout: side of a square that is covered at a random place in each image, as a share of the image's shorter side,
+    0 to 1. It gets the value that Normalize makes zero."""
     normalize_mean: float = 0.5
     """Normalize: subtracted from every channel after scaling to [0, 1]."""
     normalize_std: float = 0.5
@@ -126,6 +129,7 @@ class AugmentSettings:
         for name in ("brightness", "contrast", "saturation"):
             _require_range(name, getattr(self, name), 0, 1)
         _require_range("hue", self.hue, 0, 0.5)
+        _require_range("cutout", self.cutout, 0, 1)
         _require_range("normalize_mean", self.normalize_mean, -1, 2)
         _require_range("normalize_std", self.normalize_std, 1e-3, 10)
 

@@ -82,7 +82,7 @@ def test_same_generator_state_gives_the_same_draws():
 
 def shift(right, down=0.0):
     """Draws for one image that only shift it, by shares of its sides."""
-    nothing = dict.fromkeys(("angle", "hue"), torch.zeros(1))
+    nothing = dict.fromkeys(("angle", "hue", "cut_x", "cut_y"), torch.zeros(1))
     factors = dict.fromkeys(("scale", "brightness", "contrast", "saturation", "mirror"), torch.ones(1))
     return Draws(shift_x=torch.tensor([right]), shift_y=torch.tensor([down]), **nothing, **factors)
 

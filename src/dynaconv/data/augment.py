@@ -1,4 +1,4 @@
-"""ToTensor, RandomAffine, ColorJitter and Normalize on whole batches: drawing the parameters apart from applying them.
+"""ToTensor, RandomAffine, ColorJitter, Cutout and Normalize on whole batches: drawing the parameters apart from applying them.
 
 Written here and not taken from kornia, which draws from torch's global generator and takes twice as long
 (`benchmarks/augment.py`). Same conventions as torchvision's transforms of these names; the tests compare the results
@@ -36,6 +36,9 @@ class Draws:
     saturation: torch.Tensor
     hue: torch.Tensor
     """Turn of the hue circle, in turns."""
+    cut_x: torch.Tensor
+    cut_y: torch.Tensor
+    """Place of the covered square between the left or upper edge, 0, and the other one, 1."""
 
     def at(self, indices: torch.Tensor) -> "Draws":
         """Returns the parameters of the images at `indices`, (M,) int64."""
@@ -63,6 +66,8 @@ def draw(settings: AugmentSettings, count: int, generator: torch.Generator) -> D
         saturation=uniform(1 - settings.saturation, 1 + settings.saturation),
         hue=uniform(-settings.hue, settings.hue),
         mirror=torch.where(uniform(0, 1) < settings.flip, -1.0, 1.0),
+        cut_x=uniform(0, 1),
+        cut_y=uniform(0, 1),
     )
 
 
@@ -77,7 +82,7 @@ def normalize(images: torch.Tensor, settings: AugmentSettings) -> torch.Tensor:
 
 
 def augment(images: torch.Tensor, settings: AugmentSettings, draws: Draws) -> torch.Tensor:
-    """Applies RandomAffine and ColorJitter with the given parameters.
+    """Applies RandomAffine, ColorJitter and Cutout with the given parameters.
 
     A transform whose strength is zero in the settings is skipped. Colour changes come in torchvision's canonical
     order (brightness, contrast, saturation, hue), each clipped to [0, 1]; a random order was left out because it
@@ -102,6 +107,8 @@ def augment(images: torch.Tensor, settings: AugmentSettings, draws: Draws) -> to
         images = torch.lerp(to_grey(images), images, _per_image(draws.saturation)).clamp_(0, 1)
     if images.shape[1] == 3 and settings.hue:
         images = turn_hue(images, draws.hue)
+    if settings.cutout:
+        images = cut_out(images, draws, settings.cutout, settings.normalize_mean)
     return images
 
 
@@ -151,6 +158,24 @@ def turn_hue(images: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
     # Red, green and blue see the same curve over the circle, from different places.
     place = (sixth + sixth.new_tensor([5.0, 3.0, 1.0])[:, None, None]).remainder_(6)
     return value - torch.minimum(place, 4 - place).clamp_(0, 1).mul_(chroma)
+
+
+def cut_out(images: torch.Tensor, draws: Draws, share: float, value: float) -> torch.Tensor:
+    """Covers a square inside each image with `value`; its side is `share` of the shorter side, in whole pixels.
+
+    Source: DeVries and Taylor, "Improved regularization of convolutional neural networks with Cutout"
+    (arXiv:1708.04552), here always wholly inside the image, as in airbench96.
+    """
+    height, width = images.shape[2:]
+    side = round(share * min(height, width))
+
+    def covered(place: torch.Tensor, length: int) -> torch.Tensor:
+        first = (place * (length - side + 1)).floor()[:, None]
+        along = torch.arange(length, device=images.device)
+        return (along >= first) & (along < first + side)
+
+    rows, columns = covered(draws.cut_y, height), covered(draws.cut_x, width)
+    return images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], value)
 
 
 def to_grey(images: torch.Tensor) -> torch.Tensor:

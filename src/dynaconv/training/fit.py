@@ -13,6 +13,7 @@ from torch import nn
 from dynaconv.recipe import Recipe
 from dynaconv.training.loop import Batch, DivergedError, EpochState, Parts, Sums, training_epoch, validation_epoch
 from dynaconv.training.optim import Schedule, build_optimizer
+from dynaconv.training.replay import Replayed
 from dynaconv.training.state import State, number, put_back, take_state, unfit, whole_number
 
 GOOD = "good/"
@@ -132,6 +133,9 @@ class _Training:
         self, model: nn.Module, batches: Passes, recipe: Recipe, device: torch.device, say: Callable[[str], None]
     ) -> None:
         self.model, self.batches, self.recipe, self.device = model, batches, recipe, device
+        # Deterministic algorithms are looked up while recording, and some of them wait for the host.
+        replays = device.type == "cuda" and not recipe.train.deterministic
+        self.passes = Replayed(model) if replays else model
         self.optimizer = build_optimizer(model, recipe.optim)
         self.updates = math.ceil(len(batches) / recipe.train.accumulation_steps)
         self.schedule = Schedule(self.optimizer, recipe.optim, recipe.train.epochs, self.updates)
@@ -157,7 +161,7 @@ class _Training:
         self.state.after_update = lambda: keep(self.take)
         smoothed = nn.CrossEntropyLoss(label_smoothing=self.recipe.optim.label_smoothing)
         training = training_epoch(
-            self.model,
+            self.passes,
             self.batches,
             smoothed,
             self.optimizer,
