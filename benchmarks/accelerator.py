@@ -1,14 +1,16 @@
 """Times recipes on a CUDA device in turn with the published package airbench, and a step with and without graphs.
 
 Commands: python benchmarks/accelerator.py steps [RECIPE]       (prints; profile of a step in $OUT/profile-RECIPE.txt)
-          python benchmarks/accelerator.py race 94 [ROUNDS]     (fast94 against airbench's train94; also 96)
+          python benchmarks/accelerator.py race 94 ROUNDS [--SETTING VALUE ...]
+          (fast94 against airbench's train94; also 96)
 Needs: DYNACONV_DATA, a CUDA device, and for the race `pip install airbench` with the torchvision that it needs.
 
-The clock of the race is airbench's: it includes the stem's computation, all epochs and the six views of the test images;
-it excludes reading the images, and a warm-up before the first round. Accuracies are those of the six views.
+The clock of the race is airbench's: it includes the stem's computation, all epochs and the six views of the test
+images; it excludes reading the images, and a warm-up before the first round. Accuracies are those of the six views.
 """
 
 import contextlib
+import dataclasses
 import io
 import os
 import re
@@ -20,6 +22,7 @@ from pathlib import Path
 import torch
 from record import over_repeats, over_seeds, write_result
 
+from dynaconv.arguments import parse_training
 from dynaconv.data.batches import Batches
 from dynaconv.data.images import ImageSet
 from dynaconv.data.sources import load_images, options_of
@@ -66,7 +69,8 @@ def steps(name: str) -> None:
             told.append((first.loss, (time.perf_counter() - started) / 20))
         (eager_loss, eager), (loss, graphed) = told
         print(
-            f"{name} at {side}: {1e3 * eager:.2f} ms, replayed {1e3 * graphed:.2f} ms; losses {eager_loss:.4f}, {loss:.4f}",
+            f"{name} at {side}: {1e3 * eager:.2f} ms, passes replayed {1e3 * graphed:.2f} ms; "
+            f"losses {eager_loss:.4f}, {loss:.4f}",
             flush=True,
         )
     with torch.profiler.profile() as profile, computing_in(torch.bfloat16, DEVICE):
@@ -100,8 +104,8 @@ def theirs(level: str) -> tuple[float, float]:
     return seconds, accuracy
 
 
-def race(level: str, rounds: int) -> None:
-    recipe, data = load(RECIPES[f"fast{level}"]())
+def race(level: str, rounds: int, words: list[str]) -> None:
+    recipe, data = load(parse_training([f"fast{level}", *words])[0])
     test = load_images("cifar10", "test", options_of(recipe.data)).to(DEVICE)
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         Path("cifar10").mkdir()
@@ -126,7 +130,8 @@ def race(level: str, rounds: int) -> None:
         },
         "times_airbench": over_repeats([a / b for (a, _), (b, _) in zip(mine, other, strict=True)]),
     }
-    print(write_result(f"race-{level}", metrics, list(range(rounds)), DEVICE))
+    more = {"words": words, "recipe": dataclasses.asdict(recipe)}
+    print(write_result(f"race-{level}", metrics, list(range(rounds)), DEVICE, **more))
 
 
 def main() -> None:
@@ -134,8 +139,8 @@ def main() -> None:
         case ["steps", *names]:
             for name in names or ["fast92"]:
                 steps(name)
-        case ["race", level, *rounds]:
-            race(level, int(rounds[0]) if rounds else 3)
+        case ["race", level, rounds, *words]:
+            race(level, int(rounds), words)
         case _:
             raise SystemExit(__doc__)
 

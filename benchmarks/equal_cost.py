@@ -1,10 +1,8 @@
 """Searches for the settings that reach most within a given cost on two CPU cores, on validation images alone.
 
 Commands: python benchmarks/equal_cost.py search NAME SECONDS LIMIT [WORKERS]    (appends to $OUT/search-NAME.jsonl)
-          python benchmarks/equal_cost.py final NAME COUNT                  (trains the best on all images, COUNT seeds)
 Needs: DYNACONV_DATA, and preferably an accelerator, which tries in seconds what takes a CPU minutes. Stops to begin
-tries LIMIT seconds after its start. `final` is what opens the test split, once per seed, with the settings that the
-search ended with.
+tries LIMIT seconds after its start. The test split is never opened.
 
 A try is a draw from `SPACE`, with as many epochs as cost SECONDS on the CPU by the model in `cpu_seconds`. First come
 random draws, then changes of one or two settings of the best so far, then more seeds for the best.
@@ -27,8 +25,6 @@ from typing import Any
 import torch
 
 from dynaconv.data.batches import Batches
-from dynaconv.data.images import ImageSet
-from dynaconv.data.sources import load_images, options_of
 from dynaconv.device import computing_in, keep_freed_memory, pick_device, pick_precision, use_deterministic
 from dynaconv.judging.evaluate import evaluate
 from dynaconv.recipe import Recipe, sizes_of_epochs, with_settings
@@ -145,33 +141,31 @@ class Worker:
     """What a process keeps between tries."""
 
     device: torch.device
-    data: dict[float, TrainingData] = dataclasses.field(default_factory=dict)
-    test: ImageSet | None = None
+    data: TrainingData | None = None
 
 
 WORKER: Worker | None = None
 
 
-def begin() -> None:
+def begin() -> Worker:
     global WORKER
     keep_freed_memory()
     use_deterministic(False)
     WORKER = Worker(pick_device("auto"))
     torch.set_num_threads(1)
+    return WORKER
 
 
-def attempt(draw: Draw, seconds: float, seed: int, final: bool = False) -> dict[str, Any]:
-    """Trains one draw; judged on validation, or, with nothing held out, on test."""
-    assert WORKER is not None
-    device = WORKER.device
+def attempt(draw: Draw, seconds: float, seed: int) -> dict[str, Any]:
+    """Trains one draw and judges it on the validation images."""
+    worker = WORKER or begin()
+    device = worker.device
     recipe = recipe_of(draw, seconds, seed)
     if recipe is None:
         return {"draw": draw, "seed": seed, "refused": True}
-    recipe = with_settings(recipe, validation_fraction=0.0 if final else 0.1)
-    held = recipe.data.validation_fraction
-    if held not in WORKER.data:
-        WORKER.data[held] = load_training_data(recipe, device, lambda line: None)
-    data = WORKER.data[held]
+    if worker.data is None:
+        worker.data = load_training_data(recipe, device, lambda line: None)
+    data = worker.data
     precision = pick_precision("auto", device, lambda line: None)
     started = time.perf_counter()
     with computing_in(precision, device):
@@ -181,16 +175,12 @@ def attempt(draw: Draw, seconds: float, seed: int, final: bool = False) -> dict[
         if device.type == "cuda":
             torch.cuda.synchronize()
         trained = time.perf_counter() - started
-        if final and WORKER.test is None:
-            WORKER.test = load_images("cifar10", "test", options_of(recipe.data)).to(device)
-        judged = WORKER.test if final and WORKER.test else data.validation
-        plain, six = (evaluate(model, judged, recipe, views) for views in ("one", "six"))
+        plain, six = (evaluate(model, data.validation, recipe, views) for views in ("one", "six"))
     return {
         "draw": draw,
         "seed": seed,
         "epochs": recipe.train.epochs,
         "cpu_seconds": sum(TRAINED * cpu_seconds(recipe, size) for size in sizes_of_epochs(recipe, len(history), 32)),
-        "judged": "test" if final else "validation",
         "accuracy": plain.accuracy,
         "accuracy_tta": six.accuracy,
         "train_accuracy": history[-1].training_accuracy,
@@ -274,33 +264,10 @@ def pool_of(workers: int) -> ProcessPoolExecutor:
     return ProcessPoolExecutor(workers, mp_context=multiprocessing.get_context("spawn"), initializer=begin)
 
 
-def final(name: str, count: int, seconds: float, workers: int) -> None:
-    """Trains the best draw of a search on all training images, and judges it on test once per seed."""
-    tries = [json.loads(line) for line in (OUT / f"search-{name}.jsonl").read_text().splitlines()]
-    best, _ = ranked(
-        [each for each in tries if "accuracy" in each], "accuracy_tta" if name == "fast94" else "accuracy"
-    )[0]
-    with pool_of(workers) as pool, (OUT / f"final-{name}.jsonl").open("a") as file:
-        for future in [pool.submit(attempt, best, seconds, seed, True) for seed in range(count)]:
-            found = future.result()
-            file.write(json.dumps(found) + "\n")
-            print(
-                name,
-                "seed",
-                found["seed"],
-                found["accuracy"],
-                found["accuracy_tta"],
-                f"{found['seconds']:.1f} s",
-                flush=True,
-            )
-
-
 def main() -> None:
     match sys.argv[1:]:
         case ["search", name, seconds, limit, *workers]:
             search(name, float(seconds), float(limit), int(workers[0]) if workers else 1)
-        case ["final", name, seconds, count, *workers]:
-            final(name, int(count), float(seconds), int(workers[0]) if workers else 1)
         case _:
             raise SystemExit(__doc__)
 

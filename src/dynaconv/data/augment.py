@@ -1,4 +1,4 @@
-"""ToTensor, RandomAffine, ColorJitter, Cutout and Normalize on whole batches: drawing the parameters apart from applying them.
+"""ToTensor, RandomAffine, ColorJitter, Cutout and Normalize on whole batches: drawing is apart from applying.
 
 Written here and not taken from kornia, which draws from torch's global generator and takes twice as long
 (`benchmarks/augment.py`). Same conventions as torchvision's transforms of these names; the tests compare the results

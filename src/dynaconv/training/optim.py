@@ -1,13 +1,14 @@
 """The optimisers and their schedules: Adam with a cosine, Muon with a line."""
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import nn
 
 from dynaconv.recipe import OptimSettings
+from dynaconv.training.replay import RecordedUpdate
 
 QUINTIC = (3.4445, -4.7750, 2.0315)
 """Coefficients of the polynomial that drives singular values towards one."""
@@ -42,40 +43,97 @@ class Muon(torch.optim.Optimizer):
             {"params": list(others), "lr": learning_rate, "orthogonal": False},
         ]
         super().__init__(groups, {"momentum": momentum, "betas": (0.9, 0.99), "eps": 1e-8})
+        self._recorded = RecordedUpdate()
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
         """Updates every parameter that has a gradient; takes no closure."""
-        for group in self.param_groups:
-            update = self._update_kernels if group["orthogonal"] else self._update_others
-            update([(parameter, parameter.grad) for parameter in group["params"] if parameter.grad is not None], group)
-
-    def _update_kernels(self, pairs: list[tuple[torch.Tensor, torch.Tensor]], group: dict[str, Any]) -> None:
-        # Matrices of one shape go through the iterations together.
-        by_shape: dict[tuple[int, int], list[tuple[torch.Tensor, torch.Tensor]]] = {}
-        for kernel, gradient in pairs:
-            running = self.state[kernel].setdefault("momentum", torch.zeros_like(kernel))
-            running.mul_(group["momentum"]).add_(gradient)
-            step = gradient.add(running, alpha=group["momentum"]).flatten(1)
-            by_shape.setdefault((step.shape[0], step.shape[1]), []).append((kernel, step))
-        for (rows, _), alike in by_shape.items():
-            steps = orthogonalize(torch.stack([step for _, step in alike]))
-            for (kernel, _), step in zip(alike, steps, strict=True):
-                kernel.mul_(math.sqrt(rows) / (kernel.norm() + 1e-7))
-                kernel.add_(step.view_as(kernel), alpha=-group["lr"])
-
-    def _update_others(self, pairs: list[tuple[torch.Tensor, torch.Tensor]], group: dict[str, Any]) -> None:
-        low, high = group["betas"]
-        for parameter, gradient in pairs:
+        kernels, others = ([p for p in group["params"] if p.grad is not None] for group in self.param_groups)
+        for kernel in kernels:
+            self.state[kernel].setdefault("momentum", torch.zeros_like(kernel))
+        for parameter in others:
             state = self.state[parameter]
             if not state:
                 state.update(step=0, mean=torch.zeros_like(parameter), square=torch.zeros_like(parameter))
             state["step"] += 1
-            state["mean"].lerp_(gradient, 1 - low)
-            state["square"].lerp_(gradient.square(), 1 - high)
-            spread = (state["square"] / (1 - high ** state["step"])).sqrt_().add_(group["eps"])
-            inputs = parameter.shape[1] if parameter.ndim == 2 else 1
-            parameter.addcdiv_(state["mean"], spread, value=-group["lr"] / inputs / (1 - low ** state["step"]))
+        # Parameters that had a gradient in every step so far, which is all of them in a network, are updated together.
+        by_age: dict[int, list[torch.Tensor]] = {}
+        for parameter in others:
+            by_age.setdefault(self.state[parameter]["step"], []).append(parameter)
+        if len(by_age) == 1:
+            self._run(kernels, others, next(iter(by_age)))
+            return
+        self._run(kernels, [], 1)
+        for age, alike in by_age.items():
+            self._run([], alike, age)
+
+    def _run(self, kernels: list[torch.Tensor], others: list[torch.Tensor], age: int) -> None:
+        """Updates at the rates of this step, the `age`-th of the `others`; on CUDA by a recording."""
+        low, high = self.param_groups[1]["betas"]
+        rates = (
+            self.param_groups[0]["lr"],
+            self.param_groups[1]["lr"] / (1 - low**age),  # Adam's averages begin at zero and are the lower for it
+            1 / (1 - high**age),
+        )
+        gradients = [parameter.grad for parameter in (*kernels, *others) if parameter.grad is not None]
+
+        def update(gradients: Sequence[torch.Tensor], rates: Sequence[float | torch.Tensor]) -> None:
+            if kernels:
+                self._update_kernels(kernels, gradients[: len(kernels)], rates[0])
+            if others:
+                self._update_others(others, gradients[len(kernels) :], rates[1], rates[2])
+
+        touched = [*kernels, *others, *(t for p in (*kernels, *others) for t in _tensors(self.state[p]))]
+        self._recorded.run(update, touched, gradients, rates)
+
+    def _update_kernels(
+        self, kernels: list[torch.Tensor], gradients: Sequence[torch.Tensor], rate: float | torch.Tensor
+    ) -> None:
+        momentum = self.param_groups[0]["momentum"]
+        running = [self.state[kernel]["momentum"] for kernel in kernels]
+        torch._foreach_mul_(running, momentum)
+        torch._foreach_add_(running, gradients)
+        steps = torch._foreach_add(list(gradients), running, alpha=momentum)
+        # Matrices of one shape go through the iterations together.
+        by_shape: dict[tuple[int, int], list[int]] = {}
+        for place, kernel in enumerate(kernels):
+            by_shape.setdefault((kernel.shape[0], kernel[0].numel()), []).append(place)
+        updates = list(steps)
+        for places in by_shape.values():
+            matrices = orthogonalize(torch.stack([steps[place].flatten(1) for place in places]))
+            for place, matrix in zip(places, matrices, strict=True):
+                updates[place] = matrix.view_as(kernels[place])
+        scales = torch._foreach_norm(kernels)
+        torch._foreach_add_(scales, 1e-7)
+        torch._foreach_reciprocal_(scales)
+        torch._foreach_mul_(scales, [math.sqrt(kernel.shape[0]) for kernel in kernels])
+        torch._foreach_mul_(kernels, scales)
+        torch._foreach_mul_(updates, rate)
+        torch._foreach_sub_(kernels, updates)
+
+    def _update_others(
+        self,
+        parameters: list[torch.Tensor],
+        gradients: Sequence[torch.Tensor],
+        rate: float | torch.Tensor,
+        correction: float | torch.Tensor,
+    ) -> None:
+        low, high = self.param_groups[1]["betas"]
+        means = [self.state[parameter]["mean"] for parameter in parameters]
+        squares = [self.state[parameter]["square"] for parameter in parameters]
+        torch._foreach_lerp_(means, list(gradients), 1 - low)
+        torch._foreach_lerp_(squares, torch._foreach_mul(list(gradients), list(gradients)), 1 - high)
+        spreads = torch._foreach_mul(squares, correction)
+        torch._foreach_sqrt_(spreads)
+        torch._foreach_add_(spreads, self.param_groups[1]["eps"])
+        updates = torch._foreach_div(means, spreads)
+        torch._foreach_mul_(updates, rate)
+        torch._foreach_div_(updates, [float(p.shape[1]) if p.ndim == 2 else 1.0 for p in parameters])
+        torch._foreach_sub_(parameters, updates)
+
+
+def _tensors(state: dict[str, Any]) -> list[torch.Tensor]:
+    return [value for value in state.values() if isinstance(value, torch.Tensor)]
 
 
 def orthogonalize(matrices: torch.Tensor, iterations: int = 3) -> torch.Tensor:

@@ -1,12 +1,16 @@
-"""Training passes on CUDA, recorded once per shape and replayed: a small network spends most of a step on launches."""
+"""Passes and updates on CUDA, recorded once and replayed: a small network spends most of a step on launches."""
 
 import logging
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import nn
 
 RECORDED_AFTER = 3
 """Passes of a shape that run as they are before it is recorded: a rare shape, like that of a last batch, never is."""
+
+Update = Callable[[Sequence[torch.Tensor], Sequence[float | torch.Tensor]], None]
+"""Changes tensors in place by gradients and rates."""
 
 
 class Replayed(nn.Module):
@@ -40,6 +44,9 @@ class Replayed(nn.Module):
 
     def _record(self, images: torch.Tensor) -> nn.Module:
         """Returns the pass for images of this shape, recorded; the network itself where it cannot be."""
+        # What is recorded on a stream of its own hands its gradients to the usual one, which torch warns of in vain.
+        quiet = getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", lambda warn: None)
+        quiet(False)
         # Recording runs the network a few times, which moves the running statistics of batch norm.
         before = [buffer.clone() for buffer in self.network.buffers()]
         try:
@@ -66,3 +73,61 @@ class _Pass(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self.network(images)
+
+
+class RecordedUpdate:
+    """Runs an optimiser's update through a CUDA graph, once it ran a few times as it is. Elsewhere it runs as it is."""
+
+    def __init__(self) -> None:
+        """Makes one that has recorded nothing."""
+        self._seen = 0
+        self._works = True
+        self._touched: list[torch.Tensor] = []
+        self._graph: torch.cuda.CUDAGraph | None = None
+
+    def run(
+        self,
+        update: Update,
+        touched: list[torch.Tensor],
+        gradients: Sequence[torch.Tensor],
+        rates: Sequence[float],
+    ) -> None:
+        """Runs `update(gradients, rates)`, which must do the same as before as long as it touches the same tensors.
+
+        Args:
+            update: Reads nothing that changes but its arguments and what it touches.
+            touched: All tensors that it reads and changes.
+            gradients: On the device of `touched`.
+            rates: Numbers of this step.
+        """
+        on_cuda = bool(touched) and touched[0].is_cuda
+        if not (on_cuda and self._works) or torch.are_deterministic_algorithms_enabled():
+            update(gradients, rates)
+            return
+        same = len(touched) == len(self._touched) and all(map(lambda a, b: a is b, touched, self._touched))
+        if not same:
+            self._touched, self._graph, self._seen = touched, None, 0
+        self._seen += 1
+        if self._graph is None and self._seen > RECORDED_AFTER:
+            self._record(update, gradients, rates)
+        if self._graph is None:
+            update(gradients, rates)
+            return
+        torch._foreach_copy_(self._gradients, list(gradients))
+        self._rates.copy_(torch.tensor(rates), non_blocking=True)
+        self._graph.replay()
+
+    def _record(self, update: Update, gradients: Sequence[torch.Tensor], rates: Sequence[float]) -> None:
+        self._gradients = [torch.empty_like(gradient) for gradient in gradients]
+        self._rates = torch.tensor(rates, device=gradients[0].device)
+        graph = torch.cuda.CUDAGraph()
+        try:
+            with torch.cuda.graph(graph):  # nothing is changed yet
+                update(self._gradients, self._rates.unbind())
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            logging.getLogger(__name__).warning("CUDA graphs are not used: %s", error)
+            self._works = False
+            return
+        self._graph = graph
