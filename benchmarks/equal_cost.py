@@ -1,6 +1,7 @@
 """Searches for the settings that reach most within a given cost on two CPU cores, on validation images alone.
 
 Commands: python benchmarks/equal_cost.py search NAME SECONDS LIMIT [WORKERS]    (appends to $OUT/search-NAME.jsonl)
+          python benchmarks/equal_cost.py summary DEVICE FILE ...    (writes results/equal-cost.json from such files)
 Needs: DYNACONV_DATA, and preferably an accelerator, which tries in seconds what takes a CPU minutes. Stops to begin
 tries LIMIT seconds after its start. The test split is never opened.
 
@@ -23,6 +24,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from record import write_result
 
 from dynaconv.data.batches import Batches
 from dynaconv.device import computing_in, keep_freed_memory, pick_device, pick_precision, use_deterministic
@@ -268,6 +270,10 @@ def main() -> None:
     match sys.argv[1:]:
         case ["search", name, seconds, limit, *workers]:
             search(name, float(seconds), float(limit), int(workers[0]) if workers else 1)
+        case ["summary", device, *files]:
+            rows = [json.loads(line) for file in files for line in Path(file).read_text().splitlines()]
+            kept = [{key: value for key, value in row.items() if key not in ("recipe", "device")} for row in rows]
+            print(write_result("equal-cost", {}, device_name=device, tries=kept))
         case _:
             raise SystemExit(__doc__)
 

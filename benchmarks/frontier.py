@@ -3,20 +3,24 @@
 Commands: python benchmarks/frontier.py run RECIPE EPOCHS [...]    (one training per length, seed 0, all cores)
           python benchmarks/frontier.py summary    (writes results/frontier.json and docs/figures/frontier.png)
 Needs: DYNACONV_DATA. `run` never opens the test split, and does not repeat a run that has ended. The summary also takes
-in the whole recipes of `ablation.py` and the runs of `recipe.py`, if they held images out for validation.
+in the runs of `recipe.py` that held images out for validation, and what `seeds.py` (in compare-gpu.json) and
+`equal_cost.py` trained with the settings of a recipe for some length.
 """
 
+import dataclasses
 import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from equal_cost import recipe_of
 from matplotlib.figure import Figure
-from record import over_seeds, write_result
+from record import RESULTS, over_seeds, write_result
 from search import attempt
 
 from dynaconv.arguments import parse_training
+from dynaconv.recipes import RECIPES
 
 RUNS = Path("runs/frontier")
 ACCURACIES = ("validation_accuracy", "validation_accuracy_tta")
@@ -47,7 +51,7 @@ def run(name: str, epochs: str) -> None:
 
 def summarise() -> None:
     found: dict[str, dict[int, list[dict[str, Any]]]] = {}
-    for row in (*tries(), *finished()):
+    for row in (*tries(), *finished(), *accelerated()):
         found.setdefault(row.pop("recipe"), {}).setdefault(row.pop("epochs"), []).append(row)
     metrics = {
         name: {
@@ -58,7 +62,7 @@ def summarise() -> None:
     }
     for name, lengths in metrics.items():
         for epochs, length in lengths.items():
-            minutes = ", ".join(f"{row['seconds'] / 60:.0f} on {row['threads']}" for row in length["runs"])
+            minutes = ", ".join(f"{row['seconds'] / 60:.1f} on {row['threads']}" for row in length["runs"])
             accuracies = " and ".join(f"{length[key]['mean']:.2%}" for key in ACCURACIES)
             print(f"{name}, {epochs} epochs: {accuracies} by six views; minutes and threads: {minutes}")
     print(write_result("frontier", metrics))
@@ -66,8 +70,8 @@ def summarise() -> None:
 
 
 def tries() -> Iterator[dict[str, Any]]:
-    """Yields the outcomes of this script and of the ablation's whole recipe."""
-    for path in sorted([*RUNS.glob("*.json"), *Path("runs/ablation").glob("whole-recipe-*.json")]):
+    """Yields the outcomes of this script."""
+    for path in sorted(RUNS.glob("*.json")):
         outcome = json.loads(path.read_text())
         keys = ("epochs", "seconds", "threads", "commit", *ACCURACIES)
         yield {"recipe": outcome["words"][0], "seed": outcome["recipe"]["train"]["seed"]} | {
@@ -89,6 +93,40 @@ def finished() -> Iterator[dict[str, Any]]:
             "threads": environment["threads"],
             "commit": environment["commit"],
         } | {key: result[key] for key in ACCURACIES}
+
+
+def accelerated() -> Iterator[dict[str, Any]]:
+    """Yields trainings on an accelerator; several shared it, so that their seconds say little."""
+    compared, searched = (json.loads((RESULTS / f"{name}.json").read_text()) for name in ("compare-gpu", "equal-cost"))
+    for words, figures in compared["metrics"].items():
+        settings = compared["recipes"][words]
+        values = zip(*(figures[key]["values"] for key in (*ACCURACIES, "seconds")), strict=True)
+        for seed, (one, six, seconds) in enumerate(values):
+            row = {
+                "seed": seed,
+                "epochs": settings["train"]["epochs"],
+                "seconds": seconds,
+                "commit": compared["commit"],
+            }
+            yield from _named(settings, {**row, **dict(zip(ACCURACIES, (one, six), strict=True))})
+    for found in searched["tries"]:
+        recipe = recipe_of(found["draw"], found["cpu_seconds"], found["seed"])
+        if recipe is not None:
+            row = {key: found[key] for key in ("seed", "epochs", "seconds")} | {"commit": searched["commit"]}
+            accuracies = dict(zip(ACCURACIES, (found["accuracy"], found["accuracy_tta"]), strict=True))
+            yield from _named(dataclasses.asdict(recipe), {**row, **accuracies})
+
+
+def _named(settings: dict[str, Any], row: dict[str, Any]) -> Iterator[dict[str, Any]]:
+    """Yields the row under the name of the recipe whose settings these are, the length apart, if there is one."""
+
+    def decisive(settings: dict[str, Any]) -> Any:
+        train = {key: settings["train"][key] for key in ("batch_size", "accumulation_steps", "train_scales")}
+        return json.loads(json.dumps([settings["augment"], settings["model"], settings["optim"], train]))
+
+    for name, make in RECIPES.items():
+        if decisive(dataclasses.asdict(make())) == decisive(settings):
+            yield {"recipe": name, "threads": 1, **row}
 
 
 def draw(metrics: dict[str, dict[str, Any]], path: Path) -> None:

@@ -39,8 +39,8 @@ def measured_commit() -> str:
     def git(*words: str) -> str:
         return subprocess.run(["git", *words], cwd=ROOT, check=True, capture_output=True, text=True).stdout.strip()
 
-    if not (ROOT / ".git").exists():  # a copy of the tree on another machine, which has to be told
-        return os.environ.get("MEASURED_COMMIT", "unknown")
+    if told := os.environ.get("MEASURED_COMMIT"):  # on another machine, where the tree came without its history
+        return told
     changed = git("status", "--porcelain", "--", ".", ":!benchmarks/results", ":!docs/figures")
     return git("rev-parse", "--short=12", "HEAD") + ("-dirty" if changed else "")
 

@@ -6,7 +6,7 @@ import kornia
 import pytest
 import torch
 
-from dynaconv.data.augment import Draws, affine, augment, draw, normalize, to_grey, to_tensor, turn_hue
+from dynaconv.data.augment import Draws, affine, augment, cut_out, draw, normalize, to_grey, to_tensor, turn_hue
 from dynaconv.recipe import AugmentSettings, Recipe, with_settings
 
 COUNT = 16
@@ -165,3 +165,27 @@ def test_turning_the_hue_by_a_third_exchanges_the_channels(images):
 def test_grey_images_keep_one_channel(images):
     grey = to_grey(images)
     assert augment(grey, AugmentSettings(saturation=1, hue=0.5), draws_of()).shape == (COUNT, 1, 10, 14)
+
+
+def test_cutout_covers_one_square_inside_each_image_with_what_normalize_makes_zero():
+    settings = dataclasses.replace(OFF, cutout=0.25)
+    images = torch.full((COUNT, 3, 12, 20), 0.9)
+    covered = normalize(augment(images, settings, draws_of(settings)), settings) == 0
+    assert (covered.sum((1, 2, 3)) == 3 * 3 * 3).all()  # a quarter of 12 is 3 pixels a side, in three channels
+    rows, columns = covered[:, 0].any(2), covered[:, 0].any(1)
+    assert (rows.sum(1) == 3).all()
+    assert (columns.sum(1) == 3).all()
+    assert len({tuple(place.nonzero().flatten().tolist()) for place in columns}) > 3
+
+
+@pytest.mark.parametrize(("place", "first"), [(0.0, 0), (0.9999, 6)])
+def test_cutout_reaches_both_edges_and_leaves_none(place, first):
+    draws = dataclasses.replace(shift(0.0), cut_x=torch.tensor([place]), cut_y=torch.tensor([place]))
+    covered = cut_out(torch.ones(1, 1, 8, 8), draws, 0.25, 0.0)[0, 0] == 0
+    assert covered.nonzero().tolist() == [[row, column] for row in (first, first + 1) for column in (first, first + 1)]
+
+
+def test_cutout_changes_no_other_draw():
+    without, with_it = draws_of(OFF), draws_of(dataclasses.replace(OFF, cutout=0.5))
+    assert torch.equal(without.mirror, with_it.mirror)
+    assert torch.equal(without.cut_x, with_it.cut_x)

@@ -1,5 +1,8 @@
 """The optimisers and their schedules: Adam with a cosine, Muon with a line."""
 
+# torch's own optimisers are made of the functions named _foreach, which have no public names: one launch for a list.
+# pyright: reportPrivateUsage=false, reportPrivateImportUsage=false
+
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -92,7 +95,7 @@ class Muon(torch.optim.Optimizer):
         momentum = self.param_groups[0]["momentum"]
         running = [self.state[kernel]["momentum"] for kernel in kernels]
         torch._foreach_mul_(running, momentum)
-        torch._foreach_add_(running, gradients)
+        torch._foreach_add_(running, list(gradients))
         steps = torch._foreach_add(list(gradients), running, alpha=momentum)
         # Matrices of one shape go through the iterations together.
         by_shape: dict[tuple[int, int], list[int]] = {}

@@ -1,5 +1,8 @@
 """Passes and updates on CUDA, recorded once and replayed: a small network spends most of a step on launches."""
 
+# torch's own optimisers are made of the functions named _foreach, which have no public names.
+# pyright: reportPrivateUsage=false, reportPrivateImportUsage=false
+
 import logging
 from collections.abc import Callable, Sequence
 
@@ -45,12 +48,13 @@ class Replayed(nn.Module):
     def _record(self, images: torch.Tensor) -> nn.Module:
         """Returns the pass for images of this shape, recorded; the network itself where it cannot be."""
         # What is recorded on a stream of its own hands its gradients to the usual one, which torch warns of in vain.
-        quiet = getattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch", lambda warn: None)
-        quiet(False)
+        if hasattr(torch.autograd.graph, "set_warn_on_accumulate_grad_stream_mismatch"):
+            torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
         # Recording runs the network a few times, which moves the running statistics of batch norm.
         before = [buffer.clone() for buffer in self.network.buffers()]
+        recorded = _Pass(self.network)
         try:
-            recorded = torch.cuda.make_graphed_callables(_Pass(self.network), (images.clone(),))
+            torch.cuda.make_graphed_callables(recorded, (images.clone(),))  # exchanges its forward method
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise

@@ -1,0 +1,74 @@
+"""Recording on CUDA: off it everything runs as it is, on it the results are those of the network and the optimiser."""
+
+import pytest
+import torch
+from torch import nn
+
+from dynaconv.device import computing_in
+from dynaconv.model.network import build_network
+from dynaconv.recipe import ModelSettings, OptimSettings
+from dynaconv.training.loop import training_epoch
+from dynaconv.training.optim import build_optimizer
+from dynaconv.training.replay import RECORDED_AFTER, RecordedUpdate, Replayed
+
+CUDA = torch.device("cuda")
+needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
+
+
+def make_network():
+    settings = ModelSettings(widths=(8, 16), num_convolutions=(2,), pool_after=(1,))
+    return build_network(settings, 3, 10, 8, seed=0)
+
+
+def batches(count, size=16, device="cpu"):
+    generator = torch.Generator().manual_seed(0)
+    return [
+        (
+            torch.randn(size, 3, 8, 8, generator=generator).to(device),
+            torch.randint(0, 10, (size,), generator=generator).to(device),
+        )
+        for _ in range(count)
+    ]
+
+
+def test_off_cuda_the_network_runs_as_it_is():
+    network = make_network()
+    passes = Replayed(network)
+    images, _ = batches(1)[0]
+    for _ in range(RECORDED_AFTER + 2):
+        assert torch.equal(passes.eval()(images), network(images))
+    passes.train()
+    assert network.training
+
+
+def test_off_cuda_an_update_runs_as_it_is_every_time():
+    weight, seen = torch.zeros(2), []
+    recorded = RecordedUpdate()
+    for step in range(RECORDED_AFTER + 2):
+        recorded.run(lambda gradients, rates: seen.append((gradients[0], rates[0])), [weight], [weight], [float(step)])
+    assert [rate for _, rate in seen] == [0.0, 1.0, 2.0, 3.0, 4.0]
+    recorded.run(lambda gradients, rates: seen.append(("none", 0)), [], [], [])  # no parameter had a gradient
+    assert seen[-1] == ("none", 0)
+
+
+def train(passes, network, optimizer, accumulation_steps, device):
+    criterion = nn.CrossEntropyLoss()
+    average = training_epoch(passes, batches(12, device=device), criterion, optimizer, device, accumulation_steps)
+    return average.loss, [parameter.detach().cpu().clone() for parameter in network.parameters()]
+
+
+@needs_cuda
+@pytest.mark.parametrize("accumulation_steps", [1, 2])
+@pytest.mark.parametrize("optimizer", ["muon", "adam"])
+def test_on_cuda_a_replayed_training_is_that_of_the_network(optimizer, accumulation_steps):
+    settings = OptimSettings(optimizer=optimizer, learning_rate=0.01)
+    outcomes = []
+    for replayed in (False, True):
+        network = make_network().to(CUDA)
+        passes = Replayed(network) if replayed else network
+        with computing_in(torch.float32, CUDA):
+            outcomes.append(train(passes, network, build_optimizer(network, settings), accumulation_steps, CUDA))
+    (loss, weights), (replayed_loss, replayed_weights) = outcomes
+    assert replayed_loss == pytest.approx(loss, rel=1e-3)
+    for ours, theirs in zip(replayed_weights, weights, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-2, atol=1e-3)
