@@ -2,7 +2,7 @@
 
 Commands: python benchmarks/recipe.py coursework --seeds 0 1 2
           python benchmarks/recipe.py fast92 --seeds 0 1 2 3 4 --all-images    (none held out for validation)
-          python benchmarks/recipe.py fast92 --seeds 0 --into fast92-float32    (of another machine)
+          python benchmarks/recipe.py fast92 --seeds 0 --into fast92-float32    (with another name)
 Needs: DYNACONV_DATA. Takes: what the recipe costs (`dynaconv recipes`) for each seed.
 A seed whose run has ended is not trained again, and one that was stopped goes on, so that the seeds can be spread over
 several evenings; the summary covers the runs that are there, and lists the commit of each.

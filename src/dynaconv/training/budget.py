@@ -15,11 +15,12 @@ from dynaconv.errors import UserError
 from dynaconv.recipe import Recipe, parse_duration, sizes_of_epochs, with_settings
 from dynaconv.training.loop import training_epoch, validation_epoch
 from dynaconv.training.optim import build_optimizer
+from dynaconv.training.replay import RECORDED_AFTER, as_trained
 
 RESERVE = 0.04
 """Share of the budget that is not planned with: a machine is never equally fast for long."""
 STEPS = 4
-"""Updates per image size that are timed, behind one that warms up."""
+"""Updates per image size that are timed, behind one that warms up, or more where updates are first recorded."""
 
 
 def plan_epochs(
@@ -75,16 +76,18 @@ def plan_epochs(
 def _seconds_per_image(recipe: Recipe, model: nn.Module, images: ImageSet, size: int, device: torch.device) -> float:
     copied = copy.deepcopy(model)
     optimizer = build_optimizer(copied, recipe.optim)
+    passes = as_trained(copied, device, recipe.train.deterministic)
     count = min(len(images), recipe.train.batch_size)
     batch = images.subset(torch.arange(count))
-    batches = Batches(batch, count, recipe.augment, recipe.train.seed, [size] * (STEPS + 1))
+    warming = 1 if passes is copied else RECORDED_AFTER + 1
+    batches = Batches(batch, count, recipe.augment, recipe.train.seed, [size] * (STEPS + warming))
     criterion = nn.CrossEntropyLoss(label_smoothing=recipe.optim.label_smoothing)
     seconds = []
-    for _ in range(STEPS + 1):
+    for _ in range(STEPS + warming):
         started = time.perf_counter()
-        training_epoch(copied, batches, criterion, optimizer, device)  # ends by reading the loss: nothing is left to do
+        training_epoch(passes, batches, criterion, optimizer, device)  # ends by reading the loss: nothing is left to do
         seconds.append(time.perf_counter() - started)
-    return statistics.median(seconds[1:]) / count
+    return statistics.median(seconds[warming:]) / count
 
 
 def _seconds_per_judged_image(recipe: Recipe, model: nn.Module, images: ImageSet, device: torch.device) -> float:

@@ -13,7 +13,7 @@ from torch import nn
 from dynaconv.recipe import Recipe
 from dynaconv.training.loop import Batch, DivergedError, EpochState, Parts, Sums, training_epoch, validation_epoch
 from dynaconv.training.optim import Schedule, build_optimizer
-from dynaconv.training.replay import Replayed
+from dynaconv.training.replay import as_trained
 from dynaconv.training.state import State, number, put_back, take_state, unfit, whole_number
 
 GOOD = "good/"
@@ -133,9 +133,7 @@ class _Training:
         self, model: nn.Module, batches: Passes, recipe: Recipe, device: torch.device, say: Callable[[str], None]
     ) -> None:
         self.model, self.batches, self.recipe, self.device = model, batches, recipe, device
-        # Deterministic algorithms are looked up while recording, and some of them wait for the host.
-        replays = device.type == "cuda" and not recipe.train.deterministic
-        self.passes = Replayed(model) if replays else model
+        self.passes = as_trained(model, device, recipe.train.deterministic)
         self.optimizer = build_optimizer(model, recipe.optim)
         self.updates = math.ceil(len(batches) / recipe.train.accumulation_steps)
         self.schedule = Schedule(self.optimizer, recipe.optim, recipe.train.epochs, self.updates)

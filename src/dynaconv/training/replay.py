@@ -16,6 +16,12 @@ Update = Callable[[Sequence[torch.Tensor], Sequence[float | torch.Tensor]], None
 """Changes tensors in place by gradients and rates."""
 
 
+def as_trained(network: nn.Module, device: torch.device, deterministic: bool) -> nn.Module:
+    """Returns what a training runs in place of the network: on CUDA its recorded passes, elsewhere itself."""
+    # Deterministic algorithms are looked up while recording, and some of them wait for the host.
+    return Replayed(network) if device.type == "cuda" and not deterministic else network
+
+
 class Replayed(nn.Module):
     """Runs a network in training mode through CUDA graphs of its forward and backward pass, one for each input shape.
 
