@@ -118,7 +118,7 @@ def expected_accuracy(recipe: Recipe) -> str | None:
 
     Example:
         >>> expected_accuracy(with_settings(fast92(), source="cifar10"))
-        'fast92 reached 92.7% of the CIFAR-10 validation images in 16 epochs.'
+        'fast92 reached 92.2% of the CIFAR-10 validation images in 12 epochs.'
     """
     reached = REACHED.get(recipe.name)
     if reached is None or not _is_as_named(recipe):

@@ -40,7 +40,7 @@ KNOWN_SETTINGS_START = "--data, --run-dir, --seeds, --check-resume, --check-repe
         ),
         (
             ["train", "coursewrok"],
-            "Unknown recipe 'coursewrok'. Did you mean 'coursework'? Known: coursework, fast92, fast94.",
+            "Unknown recipe 'coursewrok'. Did you mean 'coursework'? Known: coursework, fast92, fast94, fast96.",
         ),
         (
             ["train", "none.json"],
