@@ -42,8 +42,8 @@ class Muon(torch.optim.Optimizer):
     ) -> None:
         """Takes the kernels, each (O, C, R, R), and all other parameters."""
         groups: list[dict[str, Any]] = [
-            {"params": list(kernels), "lr": kernel_learning_rate, "orthogonal": True},
-            {"params": list(others), "lr": learning_rate, "orthogonal": False},
+            {"params": list(kernels), "lr": kernel_learning_rate},
+            {"params": list(others), "lr": learning_rate},
         ]
         super().__init__(groups, {"momentum": momentum, "betas": (0.9, 0.99), "eps": 1e-8})
         self._recorded = RecordedUpdate()
