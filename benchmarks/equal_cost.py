@@ -25,14 +25,12 @@ from typing import Any
 
 import torch
 from record import write_result
+from seeds import train_and_judge
 
-from dynaconv.data.batches import Batches
-from dynaconv.device import computing_in, keep_freed_memory, pick_device, pick_precision, use_deterministic
-from dynaconv.judging.evaluate import evaluate
+from dynaconv.device import keep_freed_memory, pick_device, use_deterministic
 from dynaconv.recipe import Recipe, sizes_of_epochs, with_settings
 from dynaconv.recipes import fast92
-from dynaconv.training.fit import fit
-from dynaconv.training.start import TrainingData, build_model, load_training_data, training_batches
+from dynaconv.training.start import TrainingData, load_training_data
 
 OUT = Path(os.environ.get("OUT", "runs/equal-cost"))
 TRAINED = 50_000
@@ -167,29 +165,13 @@ def attempt(draw: Draw, seconds: float, seed: int) -> dict[str, Any]:
         return {"draw": draw, "seed": seed, "refused": True}
     if worker.data is None:
         worker.data = load_training_data(recipe, device, lambda line: None)
-    data = worker.data
-    precision = pick_precision("auto", device, lambda line: None)
-    started = time.perf_counter()
-    with computing_in(precision, device):
-        model = build_model(recipe, data.train, device)
-        none_held_out = Batches(data.validation.subset(torch.arange(0)), 500, recipe.augment)
-        history = fit(model, training_batches(recipe, data.train), none_held_out, recipe, device)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        trained = time.perf_counter() - started
-        plain, six = (evaluate(model, data.validation, recipe, views) for views in ("one", "six"))
+    sizes = sizes_of_epochs(recipe, recipe.train.epochs, 32)
     return {
         "draw": draw,
         "seed": seed,
         "epochs": recipe.train.epochs,
-        "cpu_seconds": sum(TRAINED * cpu_seconds(recipe, size) for size in sizes_of_epochs(recipe, len(history), 32)),
-        "accuracy": plain.accuracy,
-        "accuracy_tta": six.accuracy,
-        "train_accuracy": history[-1].training_accuracy,
-        "seconds": trained,
-        "device": str(device),
-        "precision": str(precision).removeprefix("torch."),
-        "recipe": dataclasses.asdict(recipe),
+        "cpu_seconds": sum(TRAINED * cpu_seconds(recipe, size) for size in sizes),
+        **train_and_judge(recipe, worker.data, worker.data.validation, device),
     }
 
 
@@ -272,8 +254,7 @@ def main() -> None:
             search(name, float(seconds), float(limit), int(workers[0]) if workers else 1)
         case ["summary", device, *files]:
             rows = [json.loads(line) for file in files for line in Path(file).read_text().splitlines()]
-            kept = [{key: value for key, value in row.items() if key not in ("recipe", "device")} for row in rows]
-            print(write_result("equal-cost", {}, device_name=device, tries=kept))
+            print(write_result("equal-cost", {}, device_name=device, tries=rows))
         case _:
             raise SystemExit(__doc__)
 

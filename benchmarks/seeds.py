@@ -43,6 +43,19 @@ def train(words: list[str], seed: int) -> dict[str, Any]:
     judged = data.validation
     if not len(judged):
         judged = kept("test", lambda: load_images("cifar10", "test", options_of(recipe.data)).to(device))
+    outcome = train_and_judge(recipe, data, judged, device)
+    split = "validation" if len(data.validation) else "test"
+    return {
+        f"{split}_accuracy": outcome.pop("accuracy"),
+        f"{split}_accuracy_tta": outcome.pop("accuracy_tta"),
+        **outcome,
+        "recipe": recipe,
+        "device": device,
+    }
+
+
+def train_and_judge(recipe: Recipe, data: TrainingData, judged: ImageSet, device: torch.device) -> dict[str, Any]:
+    """Trains without a look at the validation images; returns what the network reaches on `judged`, and the seconds."""
     precision = pick_precision(recipe.train.precision, device, print)
     started = time.perf_counter()
     with computing_in(precision, device):
@@ -50,17 +63,14 @@ def train(words: list[str], seed: int) -> dict[str, Any]:
         none_held_out = Batches(data.validation.subset(torch.arange(0)), 500, recipe.augment)
         history = fit(model, training_batches(recipe, data.train), none_held_out, recipe, device)
         seconds = time.perf_counter() - started
-        split = "validation" if len(data.validation) else "test"
         coarse = with_settings(recipe, evaluation_batch_size=1000)
-        accuracies = {views: evaluate(model, judged, coarse, views).accuracy for views in ("one", "six")}
+        one, six = (evaluate(model, judged, coarse, views).accuracy for views in ("one", "six"))
     return {
-        f"{split}_accuracy": accuracies["one"],
-        f"{split}_accuracy_tta": accuracies["six"],
+        "accuracy": one,
+        "accuracy_tta": six,
         "train_accuracy": history[-1].training_accuracy,
         "seconds": seconds,
-        "recipe": recipe,
         "precision": str(precision).removeprefix("torch."),
-        "device": device,
     }
 
 
