@@ -19,13 +19,7 @@ from dynaconv.data.images import ImageSet
 from dynaconv.data.sources import load_images, options_of
 from dynaconv.device import (
     computing_in,
-    describe_environment,
-    keep_freed_memory,
     peak_memory_bytes,
-    pick_device,
-    pick_precision,
-    use_deterministic,
-    use_threads,
 )
 from dynaconv.errors import UserError, WorkError
 from dynaconv.evaluation import random_places, store_familiarity, store_judgement
@@ -41,6 +35,7 @@ from dynaconv.training.budget import plan_epochs
 from dynaconv.training.fit import Epoch, fit
 from dynaconv.training.keeping import Keeper
 from dynaconv.training.loop import DivergedError
+from dynaconv.training.machine import describe_machine, set_up_machine
 from dynaconv.training.proof import prove_repeat, prove_resume
 from dynaconv.training.start import TrainingData, build_model, load_training_data, training_batches
 from dynaconv.training.state import State
@@ -80,7 +75,7 @@ def run_experiment(
     started = time.time() if started is None else started
     path = path or Path("runs") / f"{recipe.name}-{time.strftime('%Y%m%d-%H%M%S')}-{os.getpid()}"
     RunDir.require_free(path)
-    device, precision = _set_up(recipe, say)
+    device, precision = set_up_machine(recipe, say)
     data = load_training_data(recipe, device, say)
     # Absolute, so that the stored recipe names the same from wherever it is trained again.
     without = recipe.data.without and str(Path(recipe.data.without).expanduser().resolve())
@@ -96,7 +91,7 @@ def run_experiment(
             say(told)
     run = RunDir.create(path)
     with run.locked():
-        _write_beginning(run, recipe, data, model, describe_environment(device, precision))
+        _write_beginning(run, recipe, data, model, describe_machine(device, precision))
         say(f"{data.train.description}: {len(data.train)} training and {len(data.validation)} validation images.")
         return _train_and_judge(_Work(run, recipe, data, model, precision, say, track, clock))
 
@@ -128,14 +123,14 @@ def resume_experiment(
         raise UserError(f"The run in {path} has ended; there is nothing to go on with.")
     with run.locked():
         recipe = run.read_recipe()
-        device, precision = _set_up(recipe, say)
+        device, precision = set_up_machine(recipe, say)
         data = load_training_data(recipe, device, say)
         model = build_model(recipe, data.train, device)
         run.remove_unfinished()
         if run.has_begun:
-            _note_changes(run, data, describe_environment(device, precision), say)
+            _note_changes(run, data, describe_machine(device, precision), say)
         else:
-            _write_beginning(run, recipe, data, model, describe_environment(device, precision))
+            _write_beginning(run, recipe, data, model, describe_machine(device, precision))
         stored = run.read_state(say)
         begin = State(*stored) if stored else None
         facts: dict[str, Any] = begin.facts if begin else {"history": [], "train_seconds": 0.0}
@@ -158,7 +153,7 @@ def check_training(recipe: Recipe, resume: bool, repeat: bool, say: Callable[[st
         UserError: as `run_experiment`.
         WorkError: it is not so; names the first update and tensor that differ.
     """
-    device, precision = _set_up(recipe, say)
+    device, precision = set_up_machine(recipe, say)
     images = load_training_data(recipe, device, say).train
     proved: dict[str, Any] = {}
     with computing_in(precision, device):
@@ -198,15 +193,6 @@ class _Work:
     begin: State | None = None
 
 
-def _set_up(recipe: Recipe, say: Callable[[str], None]) -> tuple[torch.device, torch.dtype]:
-    """Sets threads and memory; returns where and in which number format to compute."""
-    device = pick_device(recipe.train.device)
-    keep_freed_memory()
-    use_threads(recipe.train.threads)
-    use_deterministic(recipe.train.deterministic)
-    return device, pick_precision(recipe.train.precision, device, say)
-
-
 def _note_changes(run: RunDir, data: TrainingData, now: dict[str, Any], say: Callable[[str], None]) -> None:
     """Refuses other images than those of the run's beginning; says and stores what else is not as it was then."""
     then = run.read_json("environment.json")
@@ -215,7 +201,7 @@ def _note_changes(run: RunDir, data: TrainingData, now: dict[str, Any], say: Cal
             f"The training images of {data.source} are not those that the run in {run.path} began with; "
             "bring them back, or start a new run."
         )
-    names = ("device_name", "cpu_capability", "threads", "precision", "packages")
+    names = ("device_name", "cpu_capability", "threads", "precision", "convolutions", "packages")
     changed = [name for name in names if then.get(name) != now[name]]
     if changed:
         say(f"Not as at the run's beginning: {', '.join(changed)}. The result may differ in its last digits.")

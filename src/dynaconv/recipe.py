@@ -156,7 +156,7 @@ class ModelSettings:
     norm_momentum: float = 0.1
     """Share of the newest batch in batch norm's running mean and variance, above 0 and up to 1. A training of few
     steps needs more than the usual 0.1."""
-    mixture_form: Literal["auto", "literal", "concatenated", "grouped", "patches", "winograd"] = "auto"
+    mixture_form: Literal["auto", "literal", "concatenated", "grouped", "patches", "winograd", "compiled"] = "auto"
     """How the mixture is computed. All forms give the same result; auto picks the cheaper per block."""
 
     @property

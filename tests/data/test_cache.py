@@ -5,8 +5,9 @@ import os
 import pytest
 import torch
 
-from dynaconv.data.cache import cache_folder, load_prepared, prepared_key, save_prepared
+from dynaconv.data.cache import load_prepared, prepared_key, save_prepared
 from dynaconv.data.images import ImageSet
+from dynaconv.folders import cache_folder
 
 IMAGES = ImageSet(
     torch.randint(0, 256, (20, 3, 6, 6), dtype=torch.uint8, generator=torch.Generator().manual_seed(0)),

@@ -5,7 +5,9 @@ import torch
 
 from dynaconv.errors import UserError
 from dynaconv.model.mixture import FORMS
-from dynaconv.model.network import ACTIVATIONS, Backbone, Block, Classifier, WhiteningStem, build_network
+from dynaconv.model.network import Backbone, Block, Classifier, build_network
+from dynaconv.model.normalize import ACTIVATIONS
+from dynaconv.model.stem import WhiteningStem
 from dynaconv.recipe import ModelSettings
 from dynaconv.recipes import RECIPES
 

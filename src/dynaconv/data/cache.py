@@ -10,11 +10,11 @@ import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
-from dynaconv.data.download import cache_folder
 from dynaconv.data.images import ImageSet
 from dynaconv.data.pictures import Notify
 from dynaconv.errors import UserError
 from dynaconv.files import writing_whole
+from dynaconv.folders import cache_folder
 
 _FORMAT = 1  # Raised whenever the same files would be prepared differently than before.
 

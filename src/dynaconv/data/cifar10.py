@@ -14,10 +14,11 @@ import numpy.typing as npt
 
 from dynaconv.data import hub
 from dynaconv.data.decoding import Pixels
-from dynaconv.data.download import Checksum, DiskError, DownloadError, Patience, cache_folder, download, is_offline
+from dynaconv.data.download import Checksum, DiskError, DownloadError, Patience, download, is_offline
 from dynaconv.data.pictures import LabelledPictures, Notify, PictureSplit, SplitName, Splits, ignore
 from dynaconv.data.tables import find_parquet, parquet_splits
 from dynaconv.errors import UserError
+from dynaconv.folders import cache_folder
 
 CLASSES = ("airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck")
 HUB_NAME = "uoft-cs/cifar10"

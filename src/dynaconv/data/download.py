@@ -27,14 +27,6 @@ _BLOCK_BYTES = 1 << 16
 _SECONDS_BETWEEN_NOTICES = 5.0
 
 
-def cache_folder() -> Path:
-    """Returns $DYNACONV_CACHE, else $XDG_CACHE_HOME/dynaconv, else ~/.cache/dynaconv. Creates nothing."""
-    if own := os.environ.get("DYNACONV_CACHE"):
-        return Path(own).expanduser()
-    shared = os.environ.get("XDG_CACHE_HOME")
-    return (Path(shared).expanduser() if shared else Path.home() / ".cache") / "dynaconv"
-
-
 class DownloadError(UserError):
     """No address delivered the file; another way to get it may still exist."""
 

@@ -11,10 +11,11 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import quote, urlsplit
 
-from dynaconv.data.download import Checksum, DownloadError, Patience, cache_folder, download, is_offline, open_url
+from dynaconv.data.download import Checksum, DownloadError, Patience, download, is_offline, open_url
 from dynaconv.data.pictures import Notify, SplitName, ignore
 from dynaconv.errors import UserError
 from dynaconv.files import writing_whole
+from dynaconv.folders import cache_folder
 
 SplitFiles = dict[SplitName, tuple[Path, ...]]
 

@@ -61,6 +61,29 @@ def normalize_maps(norm: nn.Module, maps: torch.Tensor) -> torch.Tensor:
     return normalized.reshape(height, width, images, channels).permute(2, 3, 0, 1)
 
 
+def average_beside(maps: torch.Tensor, pool: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns (N, C, H, W) maps and their (N, C, 1, 1) averages by `pool`, for where both are used.
+
+    The gradients of both meet here, in one pass over the maps; torch would write that of the averages out as maps and
+    add those in a second one.
+    """
+    return (maps, pool(maps)) if torch.compiler.is_compiling() else _AverageBeside.apply(maps, pool)  # pyright: ignore
+
+
+class _AverageBeside(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, maps: torch.Tensor, pool: nn.Module) -> tuple[torch.Tensor, torch.Tensor]:
+        ctx.places = maps.shape[2] * maps.shape[3]
+        return maps.view_as(maps), pool(maps)
+
+    @staticmethod
+    def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
+        ctx: Any, to_maps: torch.Tensor, to_averages: torch.Tensor
+    ) -> tuple[torch.Tensor, None]:
+        # Expanded first: torch would put the sum of maps and a single place into another order, which is far slower.
+        return torch.add(to_maps, (to_averages / ctx.places).to(to_maps.dtype).expand_as(to_maps)), None
+
+
 def continue_channels(maps: torch.Tensor, channels: int) -> torch.Tensor:
     """Appends channels of zeros to (N, C, H, W) maps, or cuts some off, so that there are `channels`."""
     more = channels - maps.shape[1]

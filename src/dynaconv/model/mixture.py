@@ -1,4 +1,4 @@
-"""The K-convolution mixture, O_n = sum_k a_nk Conv_k(X_n): one literal form, four exact faster ones, one chooser.
+"""The K-convolution mixture, O_n = sum_k a_nk Conv_k(X_n): one literal form, five faster ones, one chooser.
 
 Letters: N images, C channels in, O channels out, H W map, K convolutions, R kernel side.
 Sources: Dynamic Convolution (arXiv:1912.03458), CondConv (arXiv:1904.04971). Differs from both: the weights a are a
@@ -11,10 +11,11 @@ from typing import Any, Literal
 import torch
 from torch.nn import functional
 
-from dynaconv.model.layout import convolve_places, lies_by_place
+from dynaconv.model import compiled
+from dynaconv.model.layout import continue_channels, convolve_places, lies_by_place
 from dynaconv.model.winograd import convolve, convolve_mixed, share_of_products
 
-Form = Literal["literal", "concatenated", "grouped", "patches", "winograd"]
+Form = Literal["literal", "concatenated", "grouped", "patches", "winograd", "compiled"]
 
 
 def mix_literally(
@@ -124,14 +125,45 @@ def mix_winograd(
     return _weighted_sum(outputs, weights, residual)
 
 
+def mix_compiled(
+    inputs: torch.Tensor,
+    kernels: Sequence[torch.Tensor],
+    weights: torch.Tensor,
+    residual: torch.Tensor | None = None,
+    pooled: bool = False,
+) -> torch.Tensor:
+    """Mixes 3x3 kernels inside a convolution of our own, in bfloat16: see `compiled.mix`.
+
+    Arguments and result as in `mix_literally`, `residual` and `pooled` as in `compiled.mix`. One 3x3 kernel among
+    others is convolved with, scaled and added to what they give; of several, every image gets its own mixture. Where
+    the machine has no such convolution, or the inputs are not bfloat16, this is the literal form.
+    Cost: that of `compiled.mix`, and a convolution for each kernel that it does not take.
+    """
+    threes = [k for k, kernel in enumerate(kernels) if kernel.shape[-1] == 3]
+    outputs = kernels[0].shape[0]
+    if not threes or not compiled.computes(inputs):
+        literal = mix_literally(
+            inputs, kernels, weights, None if residual is None else continue_channels(residual, outputs)
+        )
+        return functional.max_pool2d(literal, 2) if pooled else literal
+    # Between the transforms a 1x1 kernel costs as much as a 3x3 one: worth it if kernels are mixed there anyway.
+    taken = [k for k, kernel in enumerate(kernels) if kernel.shape[-1] in (1, 3)] if len(threes) > 1 else threes
+    others = [k for k in range(len(kernels)) if k not in taken]
+    if others:
+        start = None if residual is None else continue_channels(residual, outputs)
+        residual = _weighted_sum((_convolve_directly(inputs, kernels[k]) for k in others), weights[:, others], start)
+    return compiled.mix(inputs, [kernels[k] for k in taken], weights[:, taken], residual, pooled)
+
+
 FORMS = {
     "literal": mix_literally,
     "concatenated": mix_concatenated,
     "grouped": mix_grouped,
     "patches": mix_patches,
     "winograd": mix_winograd,
+    "compiled": mix_compiled,
 }
-"""Every form by name. They differ in cost only."""
+"""Every form by name. They differ in cost, and in the last digits."""
 
 MIXES_KERNELS = ("grouped", "patches")
 """Forms in which one more convolution costs nearly nothing, be it the shortcut."""
@@ -156,6 +188,8 @@ def choose_form(kernel_sizes: Sequence[int], outputs: int, inputs: torch.Tensor)
         return "patches"
     if images == 1 and len(kernel_sizes) > 1:
         return "grouped"
+    if 3 in kernel_sizes and min(height, width) >= 2 and min(channels, outputs) >= 16 and compiled.computes(inputs):
+        return "compiled"
     if inputs.device.type != "cpu":
         # On an H100 a grouped convolution costs 3.5 direct ones with 64 channels, 7 with 128 and 25 with 256; each
         # output of the literal form costs 1.6, since weighing and adding it takes longer than its convolution.

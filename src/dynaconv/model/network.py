@@ -1,7 +1,6 @@
 """The network: blocks B_1..B_N that mix K convolutions, the backbone made of them, and the classifier on top."""
 
 import math
-from functools import partial
 from typing import cast
 
 import torch
@@ -9,8 +8,16 @@ from torch import nn
 from torch.nn import functional
 
 from dynaconv.errors import UserError
-from dynaconv.model.layout import continue_channels, lay_by_place, lies_by_place, normalize_maps, pool_maps
-from dynaconv.model.mixture import FORMS, MIXES_KERNELS, choose_form, mix_literally, mix_winograd
+from dynaconv.model.layout import (
+    average_beside,
+    continue_channels,
+    lay_by_place,
+    lies_by_place,
+    pool_maps,
+)
+from dynaconv.model.mixture import FORMS, MIXES_KERNELS, choose_form, mix_compiled, mix_literally, mix_winograd
+from dynaconv.model.normalize import ACTIVATIONS, normalize_and_activate
+from dynaconv.model.stem import WhiteningStem, whiten_and_activate
 from dynaconv.recipe import ModelSettings
 
 
@@ -58,13 +65,19 @@ class Block(nn.Module):
         """Returns a, (N, K): the weight of each convolution in each image of `inputs`, (N, C, H, W)."""
         return self.weigh(self.pool(inputs).flatten(1))
 
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Maps (N, C, H, W) to (N, O, H, W)."""
-        weights = self.mixing_weights(inputs)
+    def form_for(self, inputs: torch.Tensor) -> str:
+        """Returns the form that computes the mixture of (N, C, H, W) `inputs`: a key of `mixture.FORMS`."""
+        if self.form != "auto":
+            return self.form
+        return choose_form([kernel.shape[-1] for kernel in self.kernels], len(self.kernels[0]), inputs)
+
+    def forward(self, inputs: torch.Tensor, pooled: bool = False) -> torch.Tensor:
+        """Maps (N, C, H, W) to (N, O, H, W); `pooled`, for the compiled form only, to (N, O, H / 2, W / 2)."""
+        inputs, averages = average_beside(inputs, self.pool)
+        weights = self.weigh(averages.flatten(1))
         kernels = list(self.kernels)
         outputs = kernels[0].shape[0]
-        sides = [kernel.shape[-1] for kernel in kernels]
-        form = choose_form(sides, outputs, inputs) if self.form == "auto" else self.form
+        form = self.form_for(inputs)
         if form == "winograd" and not torch.compiler.is_compiling():
             inputs = lay_by_place(inputs)  # before the shortcut, whose order all that follows inherits
         elif lies_by_place(inputs):
@@ -74,6 +87,8 @@ class Block(nn.Module):
             identity = torch.eye(outputs, inputs.shape[1], dtype=inputs.dtype, device=inputs.device)
             kernels.append(identity[:, :, None, None])
             return FORMS[form](inputs, kernels, torch.cat([weights, torch.ones_like(weights[:, :1])], dim=1))
+        if form == "compiled":
+            return mix_compiled(inputs, kernels, weights, inputs, pooled)
         shortcut = continue_channels(inputs, outputs)
         if form == "literal":
             return mix_literally(inputs, kernels, weights, shortcut)
@@ -99,61 +114,6 @@ class StaticBlock(nn.Module):
         return functional.conv2d(inputs, self.kernel, padding=self.kernel.shape[-1] // 2)
 
 
-class WhiteningStem(nn.Module):
-    """A fixed convolution that decorrelates neighbouring pixels, each direction with both signs.
-
-    Its kernels are the eigenvectors of the covariance of all patches of S x S pixels, each over the root of its
-    eigenvalue: behind it every channel has variance one and none repeats another, which the first layers would have to
-    learn otherwise. Source: Page, "How to train your ResNet" (2019); both signs as in Jordan, "94% on CIFAR-10 in 3.29
-    seconds" (arXiv:2404.00498).
-    """
-
-    kernel: torch.Tensor
-
-    def __init__(self, channels: int, side: int, stride: int = 1) -> None:
-        """Makes the stem for images with `channels` channels; `fit` must follow before it is of use."""
-        super().__init__()
-        self.side, self.stride = side, stride
-        self.out_channels = 2 * channels * side**2
-        # A buffer: saved with the weights, never trained, so that nothing flows back into the images either.
-        self.register_buffer("kernel", torch.zeros(self.out_channels, channels, side, side))
-
-    @torch.no_grad()
-    def fit(self, images: torch.Tensor, floor: float = 5e-4) -> None:
-        """Computes the kernels from normalised images, (N, C, H, W) float; a thousand are enough.
-
-        `floor` is added to every eigenvalue, so that directions with hardly any variance are not blown up.
-        """
-        patches = functional.unfold(images.float(), self.side, stride=self.stride).transpose(1, 2).flatten(0, 1)
-        patches = patches.cpu() - patches.mean(0).cpu()
-        variances, directions = torch.linalg.eigh((patches.T @ patches).double() / len(patches))
-        kernels = (directions / torch.sqrt(variances.clamp_min(0) + floor)).T
-        kernels = kernels.reshape(-1, *self.kernel.shape[1:])
-        self.kernel.copy_(torch.cat([kernels, -kernels]))
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        """Maps (N, C, H, W) to (N, 2 * C * S * S, H / stride, W / stride); zeros stand around the images.
-
-        Always computed in float32: it lifts directions of little variance up to twenty times above the rest, and the
-        rounding of pixels to bfloat16 with them, which costs accuracy (docs/log.md).
-        """
-        device = images.device.type
-        before = (self.side - self.stride) // 2
-        after = self.side - self.stride - before
-        with torch.autocast(device, enabled=False):
-            padded = functional.pad(images, (before, after, before, after))
-            whitened = functional.conv2d(padded, self.kernel.to(images.dtype), stride=self.stride)
-        return whitened.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else whitened
-
-
-ACTIVATIONS = {
-    "relu": partial(functional.relu, inplace=True),
-    "gelu": functional.gelu,
-    "silu": partial(functional.silu, inplace=True),
-}
-"""Every activation by name."""
-
-
 class Backbone(nn.Module):
     """A stem, if any, and N blocks, each followed by max-pooling where the map halves, batch norm and activation.
 
@@ -164,6 +124,7 @@ class Backbone(nn.Module):
         """Makes the backbone for images with `channels` channels (1 or 3)."""
         super().__init__()
         self.stem = WhiteningStem(channels, settings.stem_side, settings.stem_stride) if settings.stem_side else None
+        self.activation = settings.activation
         self.activate = ACTIVATIONS[settings.activation]
         channels = channels if self.stem is None else self.stem.out_channels
         widths = settings.widths
@@ -189,13 +150,17 @@ class Backbone(nn.Module):
         """Maps images to the maps that the first block sees: the images themselves without a stem."""
         if self.stem is None:
             return images
-        return self.activate(self.stem(images).contiguous(memory_format=torch.channels_last))
+        return whiten_and_activate(self.stem, images, self.activation, self.activate)
 
     def run_blocks(self, maps: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """Runs blocks number `start` to `stop` - 1, from 0, and what follows each."""
         layers = list(zip(self.blocks, self.pools, self.norms, strict=True))
         for block, pool, norm in layers[start:stop]:
-            maps = self.activate(normalize_maps(norm, pool_maps(pool, block(maps))))
+            if isinstance(pool, nn.MaxPool2d) and isinstance(block, Block) and block.form_for(maps) == "compiled":
+                maps = block(maps, pooled=True)  # pooled as it is written, with a tenth of the memory moved
+            else:
+                maps = pool_maps(pool, block(maps))
+            maps = normalize_and_activate(cast("nn.BatchNorm2d", norm), maps, self.activation, self.activate)
         return maps
 
 

@@ -1,0 +1,154 @@
+"""Convolutions in C for processors with AVX-512 and bfloat16: built once by the machine's own compiler, then loaded.
+
+There is nothing to install. Where the processor lacks the instructions, or the machine a compiler, `library` returns
+None and torch's convolutions are taken instead: same results within bfloat16's digits, about 1.4 times as slow.
+"""
+
+import ctypes
+import hashlib
+import os
+import shlex
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+import torch
+
+from dynaconv.folders import cache_folder
+
+SOURCES = ("mix.c", "gradients.c", "normalize.c", "stem.c")
+HEADERS = ("winograd.h", "activation.h")
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+BUILD_SECONDS = 120
+"""A build takes three seconds; one that hangs must not hold up a training for ever."""
+
+
+_NOT_BUILT = "these could not be built"
+
+
+class Shape(ctypes.Structure):
+    """The sizes of one convolution: the struct of `winograd.h`."""
+
+    _fields_ = [(name, ctypes.c_int64) for name in ("images", "height", "width", "channels", "outputs", "kernels")]
+
+
+def library() -> ctypes.CDLL | None:
+    """Builds the library if this machine has not yet, loads it, and returns it; None where it cannot run."""
+    return _outcome()[0]
+
+
+def why_not() -> str | None:
+    """Tells why there is no library here, as the end of a sentence; None where there is one."""
+    return _outcome()[1]
+
+
+def advice() -> str | None:
+    """Tells the user what could be mended, where the library would run here but could not be built; else None."""
+    reason = why_not()
+    if reason is None or not reason.startswith(_NOT_BUILT):
+        return None
+    return (
+        f"Convolutions are torch's own, about 1.4 times as slow as dynaconv's: {reason}. To have them built, install a "
+        "C compiler with OpenMP, such as gcc, or name one in CC."
+    )
+
+
+class Stem(ctypes.Structure):
+    """The sizes of one whitening stem and the images that it reads: the struct of `stem.c`."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("images", "channels", "height", "width", "side", "step")),
+        ("strides", ctypes.c_int64 * 4),
+    ]
+
+
+@lru_cache(maxsize=1)
+def _outcome() -> tuple[ctypes.CDLL | None, str | None]:
+    if not torch.cpu._is_avx512_bf16_supported():  # pyright: ignore[reportPrivateUsage]
+        return None, "the processor has no AVX-512 with bfloat16"
+    if os.environ.get("DYNACONV_COMPILED") == "0":
+        return None, "DYNACONV_COMPILED=0 is set"
+    try:
+        path = _built()
+        try:
+            return _load(path), None
+        except (OSError, AttributeError):  # a file that was cut off, by a full disk for one
+            path.unlink()
+            return _load(_built()), None
+    except (OSError, AttributeError, subprocess.SubprocessError) as error:
+        return None, f"{_NOT_BUILT} ({_last_line(error)})"
+
+
+def _built() -> Path:
+    """Returns the shared library for this processor and these sources, from the cache or built into it.
+
+    Raises:
+        OSError: no compiler, or a cache that cannot be written.
+        subprocess.SubprocessError: the compiler refused, or took longer than BUILD_SECONDS.
+    """
+    here = Path(__file__).parent
+    compiler = shlex.split(os.environ.get("CC", "")) or [shutil.which("cc") or shutil.which("gcc") or "cc"]
+    version = subprocess.run([*compiler, "--version"], capture_output=True, timeout=BUILD_SECONDS, check=True).stdout
+    parts = [(here / name).read_bytes() for name in (*SOURCES, *HEADERS)]
+    parts += [version, _processor(), " ".join(FLAGS).encode()]
+    name = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
+    target = cache_folder() / "native" / f"{name}.so"
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        # Into a name of its own first: another process may be building, or loading, the same one.
+        with tempfile.TemporaryDirectory(dir=target.parent) as directory:
+            made = Path(directory) / target.name
+            command = [*compiler, *FLAGS, *(str(here / name) for name in SOURCES), "-o", str(made)]
+            subprocess.run(command, capture_output=True, timeout=BUILD_SECONDS, check=True)
+            made.replace(target)
+    return target
+
+
+def _load(path: Path) -> ctypes.CDLL:
+    loaded = ctypes.CDLL(str(path))
+    pointer, number, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
+    shape = ctypes.POINTER(Shape)
+    loaded.dynaconv_transform_kernels.argtypes = [pointer, pointer, shape, ctypes.c_int, pointer, threads]
+    loaded.dynaconv_transform_kernels.restype = None
+    loaded.dynaconv_mix.argtypes = [*[pointer] * 6, number, *[pointer] * 4, shape, threads]
+    loaded.dynaconv_mix_gradients.argtypes = [*[pointer] * 6, shape, *[pointer] * 3, threads]
+    loaded.dynaconv_unpool.argtypes = [*[pointer] * 3, shape, threads]
+    loaded.dynaconv_unpool.restype = None
+    loaded.dynaconv_moments.argtypes = [pointer, number, number, pointer, pointer, threads]
+    loaded.dynaconv_normalize.argtypes = [pointer, number, number, *[pointer] * 3, threads, pointer, threads]
+    loaded.dynaconv_normalize.restype = None
+    loaded.dynaconv_normalize_gradients.argtypes = [
+        *[pointer] * 2, number, number, *[pointer] * 4, threads, *[pointer] * 2, threads,
+    ]  # fmt: skip
+    loaded.dynaconv_whiten.argtypes = [
+        pointer, ctypes.POINTER(Stem), pointer, number, threads, pointer, threads,
+    ]  # fmt: skip
+    loaded.dynaconv_whiten.restype = None
+    return loaded
+
+
+def _processor() -> bytes:
+    """What `-march=native` depends on: a cache may be shared by machines of several kinds."""
+    try:
+        lines = Path("/proc/cpuinfo").read_bytes().splitlines()
+    except OSError:
+        return b""
+    return b"\n".join(sorted({line for line in lines if line.startswith((b"flags", b"model name"))}))
+
+
+def _last_line(error: Exception) -> str:
+    told = getattr(error, "stderr", None) or str(error).encode()
+    return (told.decode(errors="replace").strip().splitlines() or [type(error).__name__])[-1]
+
+
+def addresses(tensors: Sequence[torch.Tensor]) -> ctypes.Array[ctypes.c_void_p]:
+    """Returns the addresses of tensors as an array of pointers; it does not keep the tensors."""
+    return (ctypes.c_void_p * len(tensors))(*(tensor.data_ptr() for tensor in tensors))
+
+
+def numbers(values: Sequence[int]) -> ctypes.Array[ctypes.c_int64]:
+    """Returns an array of 64-bit integers."""
+    return (ctypes.c_int64 * len(values))(*values)

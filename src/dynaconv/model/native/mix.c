@@ -1,0 +1,319 @@
+// The way forward: transforms of kernels and maps, products, and the way back from products to maps.
+
+#include "winograd.h"
+
+// G w G' of one kernel, (O, C, side, side) float32, for 16 columns from `column` of one row. Rows are channels and
+// columns outputs; `turned`, for the backward pass, it is the other way round and the kernel is turned by half a turn.
+static void transform_kernel(const float *kernel, int64_t side, int64_t outputs, int64_t channels, int turned,
+                             int64_t row, int64_t column, __m512 to[F]) {
+    int64_t row_step = (turned ? channels : 1) * side * side, step = (turned ? 1 : channels) * side * side;
+    int64_t rows = turned ? outputs : channels, columns = turned ? channels : outputs;
+    __mmask16 mask = row < rows && column < columns ? lanes_left(columns - column) : 0;
+    __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    __m512i places = _mm512_mullo_epi32(lanes, _mm512_set1_epi32((int)step));
+    const float *from = kernel + (mask ? row * row_step + column * step : 0);
+    __m512 zero = _mm512_setzero_ps(), half = _mm512_set1_ps(0.5f), g[9], rows_done[4][3];
+    for (int i = 0; i < 9; i++) {
+        int place = side == 3 ? (turned ? 8 - i : i) : 0;
+        g[i] = side == 3 || i == 4 ? _mm512_mask_i32gather_ps(zero, mask, places, from + place, 4) : zero;
+    }
+    for (int j = 0; j < 3; j++) {
+        __m512 even = _mm512_mul_ps(half, _mm512_add_ps(g[j], g[6 + j])), odd = _mm512_mul_ps(half, g[3 + j]);
+        rows_done[0][j] = g[j], rows_done[1][j] = _mm512_add_ps(even, odd);
+        rows_done[2][j] = _mm512_sub_ps(even, odd), rows_done[3][j] = g[6 + j];
+    }
+    for (int i = 0; i < 4; i++) {
+        __m512 *r = rows_done[i], *p = to + 4 * i;
+        __m512 even = _mm512_mul_ps(half, _mm512_add_ps(r[0], r[2])), odd = _mm512_mul_ps(half, r[1]);
+        p[0] = r[0], p[1] = _mm512_add_ps(even, odd), p[2] = _mm512_sub_ps(even, odd), p[3] = r[2];
+    }
+}
+
+// Transforms K kernels, (O, C, side, side) float32 with side 3 or 1, in pairs: to (F, C, K / 2, O) pairs of kernels
+// that are mixed, or for the one kernel of a convolution (s->kernels = 0) to (F, C / 2, O) pairs of channels. `turned`
+// gives those of the backward pass, with C and O exchanged. C and O are continued to a multiple of 16 by zeros.
+void dynaconv_transform_kernels(const float *const *kernels, const int64_t *sides, const Shape *s, int turned,
+                                uint32_t *to, int threads) {
+    int64_t rows = up(turned ? s->outputs : s->channels, LANES);
+    int64_t columns = up(turned ? s->channels : s->outputs, LANES);
+    int64_t at_once = s->kernels ? 1 : 2, pairs = s->kernels ? (s->kernels + 1) / 2 : 1;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t row = 0; row < rows; row += at_once)
+        for (int64_t pair = 0; pair < pairs; pair++)
+            for (int64_t column = 0; column < columns; column += LANES) {
+                __m512 first[F], second[F];
+                int64_t k = 2 * pair, next = s->kernels ? k + 1 : k;
+                transform_kernel(kernels[k], sides[k], s->outputs, s->channels, turned, row, column, first);
+                if (next < s->kernels || !s->kernels)
+                    transform_kernel(kernels[next], sides[next], s->outputs, s->channels, turned, row + at_once - 1,
+                                     column, second);
+                else
+                    for (int f = 0; f < F; f++) second[f] = _mm512_setzero_ps();
+                for (int f = 0; f < F; f++)
+                    _mm512_storeu_si512(to + at(f, row / at_once, pair, column, rows / at_once, pairs, columns),
+                                        interleave(first[f], second[f]));
+            }
+}
+
+// B' x B of one tile row, 16 channels at a time: to (F, tiles, channels), `stride` numbers from product to product.
+static void transform_rows(const Maps *maps, int64_t image, int64_t padded, int64_t tile_row, int64_t across, bf16 *to,
+                           int64_t stride) {
+    for (int64_t c = 0; c < padded; c += LANES) {
+        __mmask16 mask = lanes_left(maps->channels - c);
+        __m512 column[4][4], v[F];
+        read_column(maps, image, 2 * tile_row - 1, -1, c, mask, column[2]);
+        read_column(maps, image, 2 * tile_row - 1, 0, c, mask, column[3]);
+        for (int64_t tile = 0; tile < across; tile++) {
+#pragma GCC unroll 16
+            for (int i = 0; i < 4; i++) column[0][i] = column[2][i], column[1][i] = column[3][i];
+            read_column(maps, image, 2 * tile_row - 1, 2 * tile + 1, c, mask, column[2]);
+            read_column(maps, image, 2 * tile_row - 1, 2 * tile + 2, c, mask, column[3]);
+            finish_tile(column, v);
+#pragma GCC unroll 16
+            for (int f = 0; f < F; f++) store(to + f * stride + tile * padded + c, v[f], 0xffff);
+        }
+    }
+}
+
+// What becomes of the sums.
+typedef struct {
+    float scale;
+    const Maps *residual;  // added to the first outputs; or none
+    const Maps *probe;     // of O channels, whose inner product with the sums is asked for; or none
+    bf16 *to;
+    uint8_t *places;  // where max-pooling took its numbers from; or none, and there is no pooling
+} Finish;
+
+// Stores 2x2 outputs, or the largest of them and where it stood: the first of equals, a NaN before all, as torch does.
+ALWAYS void store_tile(const __m512 values[4], const Shape *s, int64_t image, int64_t y, int64_t x, int64_t o,
+                       __mmask16 mask, const Finish *finish) {
+    if (!finish->places) {
+#pragma GCC unroll 4
+        for (int i = 0; i < 4; i++)
+            if (y + i / 2 < s->height && x + i % 2 < s->width) {
+                int64_t place = (image * s->height + y + i / 2) * s->width + x + i % 2;
+                store(finish->to + place * s->outputs + o, values[i], mask);
+            }
+        return;
+    }
+    if (y + 1 >= s->height || x + 1 >= s->width) return;
+    __m512 largest = values[0];
+    __m128i from = _mm_setzero_si128();
+#pragma GCC unroll 4
+    for (int i = 1; i < 4; i++) {
+        __mmask16 larger = _mm512_cmp_ps_mask(values[i], largest, _CMP_GT_OQ) |
+                           _mm512_cmp_ps_mask(values[i], values[i], _CMP_UNORD_Q);
+        largest = _mm512_mask_mov_ps(largest, larger, values[i]);
+        from = _mm_mask_mov_epi8(from, larger, _mm_set1_epi8((char)i));
+    }
+    int64_t place = ((image * (s->height / 2) + y / 2) * (s->width / 2) + x / 2) * s->outputs + o;
+    store(finish->to + place, largest, mask);
+    _mm_mask_storeu_epi8(finish->places + place, mask, from);
+}
+
+// A' m A of one tile row, from (F, tiles, outputs) sums, times a scale, plus a residual. Returns their inner product
+// with the probe before either.
+static float write_rows(const float *sums, const Shape *s, int64_t padded, int64_t image, int64_t tile_row,
+                        int64_t across, int64_t stride, const Finish *finish) {
+    __m512 scale = _mm512_set1_ps(finish->scale), product = _mm512_setzero_ps();
+    for (int64_t o = 0; o < padded; o += LANES) {
+        __mmask16 mask = lanes_left(s->outputs - o), shared = 0;
+        if (finish->residual) shared = mask & lanes_left(most(0, finish->residual->channels - o));
+        for (int64_t tile = 0; tile < across; tile++) {
+            int64_t y = 2 * tile_row, x = 2 * tile;
+            __m512 half[2][4], out[4];
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) {
+                __m512 m[4];
+#pragma GCC unroll 4
+                for (int i = 0; i < 4; i++) m[i] = _mm512_loadu_ps(sums + (4 * i + j) * stride + tile * padded + o);
+                half[0][j] = _mm512_add_ps(_mm512_add_ps(m[0], m[1]), m[2]);
+                half[1][j] = _mm512_sub_ps(_mm512_sub_ps(m[1], m[2]), m[3]);
+            }
+#pragma GCC unroll 4
+            for (int i = 0; i < 2; i++) {
+                __m512 *h = half[i];
+                out[2 * i] = _mm512_add_ps(_mm512_add_ps(h[0], h[1]), h[2]);
+                out[2 * i + 1] = _mm512_sub_ps(_mm512_sub_ps(h[1], h[2]), h[3]);
+            }
+#pragma GCC unroll 4
+            for (int i = 0; i < 4; i++) {
+                if (finish->probe) {
+                    __m512 other = read_place(finish->probe, image, y + i / 2, x + i % 2, o, mask);
+                    product = _mm512_fmadd_ps(out[i], other, product);
+                }
+                out[i] = _mm512_mul_ps(out[i], scale);
+                if (shared) {
+                    __m512 added = read_place(finish->residual, image, y + i / 2, x + i % 2, o, shared);
+                    out[i] = _mm512_add_ps(out[i], added);
+                }
+            }
+            store_tile(out, s, image, y, x, o, mask, finish);
+        }
+    }
+    return _mm512_reduce_add_ps(product);
+}
+
+// Mixes the kernels of two channels, (2, K / 2, outputs) pairs of kernels, for 16 outputs: 16 pairs of channels.
+ALWAYS __m512i mix_channels(const uint32_t *kernels, const uint32_t *weights, int64_t pairs, int v, const int vectors) {
+    __m512 low = _mm512_setzero_ps(), high = _mm512_setzero_ps();
+    for (int64_t k = 0; k < pairs; k++) {
+        const uint32_t *from = kernels + (k * vectors + v) * LANES;
+        __m512i a = _mm512_set1_epi32((int)weights[k]);
+        low = dot(low, _mm512_loadu_si512(from), a);
+        high = dot(high, _mm512_loadu_si512(from + pairs * vectors * LANES), a);
+    }
+    return interleave(low, high);
+}
+
+// Mixes the kernels of one product for 16 * `vectors` outputs: from (C, K / 2, outputs) to (C / 2, outputs).
+static void mix_panel(const uint32_t *kernels, const uint32_t *weights, int64_t pairs, int64_t channels, int vectors,
+                      uint32_t *panel) {
+    for (int64_t c = 0; c < channels; c += 2, kernels += 2 * pairs * vectors * LANES)
+        for (int v = 0; v < vectors; v++, panel += LANES)
+            _mm512_store_si512(panel, mix_channels(kernels, weights, pairs, v, vectors));
+}
+
+// sums[row][output] = sum over pairs of channels of tiles[row][pair] . panel[pair][output], for `rows` x 16 * `vectors`
+// of them. `mixed` pairs of kernels, if any, are mixed on the way instead: a panel for few rows is not worth writing.
+ALWAYS void multiply_rows(const uint32_t *tiles, int64_t tile_stride, const uint32_t *panel, const uint32_t *weights,
+                          int64_t mixed, int64_t pairs, float *sums, int64_t sum_stride, const int rows,
+                          const int vectors) {
+    __m512 sum[ROWS][PANEL];
+#pragma GCC unroll 6
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 6
+        for (int v = 0; v < vectors; v++) sum[i][v] = _mm512_setzero_ps();
+    for (int64_t p = 0; p < pairs; p++) {
+        __m512i factor[PANEL];
+#pragma GCC unroll 6
+        for (int v = 0; v < vectors; v++)
+            factor[v] = mixed ? mix_channels(panel + 2 * p * mixed * vectors * LANES, weights, mixed, v, vectors)
+                              : _mm512_loadu_si512(panel + (p * vectors + v) * LANES);
+#pragma GCC unroll 6
+        for (int i = 0; i < rows; i++) {
+            __m512i tile = _mm512_set1_epi32((int)tiles[i * tile_stride + p]);
+#pragma GCC unroll 6
+            for (int v = 0; v < vectors; v++) sum[i][v] = dot(sum[i][v], factor[v], tile);
+        }
+    }
+#pragma GCC unroll 6
+    for (int i = 0; i < rows; i++)
+#pragma GCC unroll 6
+        for (int v = 0; v < vectors; v++) _mm512_storeu_ps(sums + i * sum_stride + v * LANES, sum[i][v]);
+}
+
+#define FOR_ROWS(rows, call, vectors)    \
+    switch (rows) {                      \
+        case 1: call(1, vectors); break; \
+        case 2: call(2, vectors); break; \
+        case 3: call(3, vectors); break; \
+        case 4: call(4, vectors); break; \
+        case 5: call(5, vectors); break; \
+        default: call(6, vectors);       \
+    }
+#define FOR_SIZES(rows, vectors, call)         \
+    switch (vectors) {                         \
+        case 1: FOR_ROWS(rows, call, 1) break; \
+        case 2: FOR_ROWS(rows, call, 2) break; \
+        case 3: FOR_ROWS(rows, call, 3) break; \
+        default: FOR_ROWS(rows, call, 4)       \
+    }
+
+// The same for any number of rows, of all channels; `panel` holds kernels to be mixed where `weights` are given.
+static void multiply(const uint32_t *tiles, int64_t channels, const uint32_t *panel, const uint32_t *weights,
+                     int64_t mixed, float *sums, int64_t sum_stride, int64_t rows, int vectors) {
+    for (int64_t row = 0; row < rows; row += ROWS) {
+        const uint32_t *from = tiles + row * channels / 2;
+        float *to = sums + row * sum_stride;
+#define MIXED(r, v) multiply_rows(from, channels / 2, panel, weights, mixed, channels / 2, to, sum_stride, r, v)
+#define PLAIN(r, v) multiply_rows(from, channels / 2, panel, NULL, 0, channels / 2, to, sum_stride, r, v)
+        if (weights) {
+            FOR_SIZES(least(ROWS, rows - row), vectors, MIXED)
+        } else {
+            FOR_SIZES(least(ROWS, rows - row), vectors, PLAIN)
+        }
+    }
+}
+
+// The convolution or mixture of x, (N, H, W, C), into y, (N, H, W, O).
+//   x_places   of the numbers in x, (N, H / 2, W / 2, C), if they are what max-pooling left of it
+//   kernels    as `dynaconv_transform_kernels` leaves them
+//   weights    (N, K / 2) pairs, where kernels are mixed
+//   scales     (N,) factors of the sums, or none
+//   residual   (N, H, W, residual_channels), added to the scaled sums, or none; as x if it is x
+//   probe      (N, H, W, O), or none: to_scales, (N, tile rows), gets its inner product with the sums, unscaled
+//   y_places   (N, H / 2, W / 2, O), or none: y is then of this size, after max-pooling by 2x2, and this tells whence
+// Returns 0, or 1 where memory is short.
+int dynaconv_mix(const bf16 *x, const uint8_t *x_places, const uint32_t *kernels, const uint32_t *weights,
+                 const float *scales, const bf16 *residual, int64_t residual_channels, const bf16 *probe,
+                 float *to_scales, bf16 *y, uint8_t *y_places, const Shape *s, int threads) {
+    int64_t channels = up(s->channels, LANES), outputs = up(s->outputs, LANES), pairs = (s->kernels + 1) / 2;
+    int64_t slots = s->kernels ? 2 * pairs : 1;  // halves of pairs that a channel takes
+    Plan p = plan(s, F * (2 * channels + 4 * outputs), 2 * F * slots * channels * outputs, threads);
+    int64_t most_tiles = p.rows_at_once * p.tiles_across;
+    // A few numbers more than needed: rows a power of two apart would share one place in the cache.
+    int64_t tile_step = most_tiles * channels + 32, sum_step = most_tiles * outputs + 16;
+    int64_t tile_bytes = up(F * tile_step * 2, 64), sum_bytes = up(F * sum_step * 4, 64);
+    Maps inputs = {x, x_places, s->height, s->width, s->channels};
+    Maps added = {residual, residual == x ? x_places : NULL, s->height, s->width, residual_channels};
+    Maps probes = {probe, NULL, s->height, s->width, s->outputs};
+    int failed = 0;
+#pragma omp parallel num_threads(threads) reduction(| : failed)
+    {
+        char *space = aligned_alloc(64, up(tile_bytes + sum_bytes + channels / 2 * PANEL * 64, 64));
+        Finish finish = {1, residual ? &added : NULL, probe ? &probes : NULL, y, y_places};
+        failed = !space;
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t chunk = 0; chunk < p.chunks; chunk++) {
+            if (!space) continue;
+            bf16 *tiles = (bf16 *)space;
+            float *sums = (float *)(space + tile_bytes);
+            uint32_t *panel = (uint32_t *)(space + tile_bytes + sum_bytes);
+            int64_t first = chunk * p.rows_at_once, last = least(s->images * p.tile_rows, first + p.rows_at_once);
+            for (int64_t row = first; row < last; row++)
+                transform_rows(&inputs, row / p.tile_rows, channels, row % p.tile_rows, p.tiles_across,
+                               tiles + (row - first) * p.tiles_across * channels, tile_step);
+            for (int f = 0; f < F; f++)
+                for (int64_t o = 0; o < outputs; o += PANEL * LANES) {
+                    int vectors = (int)least(PANEL, (outputs - o) / LANES);
+                    const uint32_t *mine = kernels + channels * slots * (f * outputs + o) / 2;
+                    for (int64_t row = first, stop; row < last; row = stop) {
+                        int64_t image = row / p.tile_rows, start = (row - first) * p.tiles_across;
+                        stop = pairs ? least(last, (image + 1) * p.tile_rows) : last;
+                        const uint32_t *factors = (uint32_t *)(tiles + f * tile_step + start * channels);
+                        const uint32_t *mixing = pairs ? weights + image * pairs : NULL;
+                        float *into = sums + f * sum_step + start * outputs + o;
+                        int64_t places = (stop - row) * p.tiles_across;
+                        if (pairs && places > ROWS) mix_panel(mine, mixing, pairs, channels, vectors, panel);
+                        if (pairs && places <= ROWS)
+                            multiply(factors, channels, mine, mixing, pairs, into, outputs, places, vectors);
+                        else
+                            multiply(factors, channels, pairs ? panel : mine, NULL, 0, into, outputs, places, vectors);
+                    }
+                }
+            for (int64_t row = first; row < last; row++) {
+                int64_t image = row / p.tile_rows;
+                finish.scale = scales ? scales[image] : 1;
+                float product = write_rows(sums + (row - first) * p.tiles_across * outputs, s, outputs, image,
+                                           row % p.tile_rows, p.tiles_across, sum_step, &finish);
+                if (probe) to_scales[row] = product;
+            }
+        }
+        free(space);
+    }
+    return failed;
+}
+
+// Undoes max-pooling: puts numbers, (N, H / 2, W / 2, O), where they were taken from in (N, H, W, O), zeros elsewhere.
+void dynaconv_unpool(const bf16 *numbers, const uint8_t *places, bf16 *to, const Shape *s, int threads) {
+    Maps maps = {numbers, places, s->height, s->width, s->outputs};
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t row = 0; row < s->images * s->height; row++)
+        for (int64_t x = 0; x < s->width; x++)
+            for (int64_t o = 0; o < s->outputs; o += LANES) {
+                __mmask16 mask = lanes_left(s->outputs - o);
+                __m512 values = read_place(&maps, row / s->height, row % s->height, x, o, mask);
+                store(to + (row * s->width + x) * s->outputs + o, values, mask);
+            }
+}

@@ -1,0 +1,146 @@
+// Batch norm and the activation behind it, each way in two passes over the maps; torch takes four and six.
+//
+//   y = f(z),  z = gain * xhat + offset,  xhat = (x - mean) / spread
+//
+// Maps are (places, C) bfloat16, all images' places in one column; statistics and parameters (C,) float32.
+
+#include "activation.h"
+
+enum { BLOCK = 64 };  // places whose sums are made at once: what the nearest cache holds
+
+// The two sums of one block of places, 16 channels: of x and x squared from a shift, or of the gradient behind the
+// activation and its product with xhat.
+typedef struct {
+    const bf16 *x, *gradient;
+    int64_t channels;
+    const float *shift, *inverse, *gain, *offset;
+} Sums;
+
+ALWAYS void sum_block(const Sums *in, int64_t first, int64_t last, int64_t c, __mmask16 mask, float *sum, float *second,
+                      const int activation) {
+    __m512 shift = _mm512_maskz_loadu_ps(mask, in->shift + c), a = _mm512_setzero_ps(), b = a, inverse = a, gain = a;
+    __m512 offset = a;
+    if (in->gradient) {
+        inverse = _mm512_maskz_loadu_ps(mask, in->inverse + c), gain = _mm512_maskz_loadu_ps(mask, in->gain + c);
+        offset = _mm512_maskz_loadu_ps(mask, in->offset + c);
+    }
+    for (int64_t place = first; place < last; place++) {
+        __m512 x = _mm512_sub_ps(load(in->x + place * in->channels + c, mask), shift);
+        if (in->gradient) {
+            x = _mm512_mul_ps(x, inverse);
+            __m512 g = load(in->gradient + place * in->channels + c, mask);
+            g = activate_back(_mm512_fmadd_ps(gain, x, offset), g, activation);
+            a = _mm512_add_ps(a, g), b = _mm512_fmadd_ps(g, x, b);
+        } else {
+            a = _mm512_add_ps(a, x), b = _mm512_fmadd_ps(x, x, b);
+        }
+    }
+    _mm512_mask_storeu_ps(sum + c, mask, _mm512_add_ps(a, _mm512_maskz_loadu_ps(mask, sum + c)));
+    _mm512_mask_storeu_ps(second + c, mask, _mm512_add_ps(b, _mm512_maskz_loadu_ps(mask, second + c)));
+}
+
+// Sums over all places to sums, (2, C); every thread its blocks, the same ones every time. Returns 1 without memory.
+static int sum_places(const Sums *in, int64_t places, int activation, float *sums, int threads) {
+    int64_t channels = in->channels, step = up(2 * channels, LANES);
+    float *spaces = zeros(threads * step);
+    if (!spaces) return 1;
+#pragma omp parallel num_threads(threads)
+    {
+        float *own = spaces + omp_get_thread_num() * step;
+#pragma omp for schedule(static)
+        for (int64_t block = 0; block < (places + BLOCK - 1) / BLOCK; block++)
+            for (int64_t c = 0; c < channels; c += LANES) {
+                int64_t first = block * BLOCK, last = least(places, first + BLOCK);
+                __mmask16 mask = lanes_left(channels - c);
+#define CALL(f) sum_block(in, first, last, c, mask, own, own + channels, f)
+                FOR_ACTIVATION(activation, CALL)
+#undef CALL
+            }
+    }
+    for (int64_t i = 0; i < 2 * channels; i++) {
+        double sum = 0;
+        for (int t = 0; t < threads; t++) sum += spaces[t * step + i];
+        sums[i] = (float)sum;
+    }
+    free(spaces);
+    return 0;
+}
+
+// Mean and variance over all places, of x, (places, C). Returns 0, or 1 where memory is short.
+int dynaconv_moments(const bf16 *x, int64_t places, int64_t channels, float *mean, float *variance, int threads) {
+    // Summed from the first place on: a mean far from zero would leave no digits for the variance.
+    float *shift = zeros(3 * channels), *sums = shift + channels;
+    if (!shift) return 1;
+    for (int64_t c = 0; c < channels; c += LANES) {
+        __mmask16 mask = lanes_left(channels - c);
+        _mm512_mask_storeu_ps(shift + c, mask, load(x + c, mask));
+    }
+    Sums in = {x, NULL, channels, shift, NULL, NULL, NULL};
+    int failed = sum_places(&in, places, 0, sums, threads);
+    for (int64_t c = 0; c < channels; c++) {
+        float from_shift = sums[c] / (float)places;
+        mean[c] = shift[c] + from_shift;
+        variance[c] = sums[channels + c] / (float)places - from_shift * from_shift;
+        if (variance[c] < 0) variance[c] = 0;
+    }
+    free(shift);
+    return failed;
+}
+
+ALWAYS void write_place(const bf16 *x, bf16 *y, int64_t channels, const float *mean, const float *factor,
+                        const float *offset, const int activation) {
+    for (int64_t c = 0; c < channels; c += LANES) {
+        __mmask16 mask = lanes_left(channels - c);
+        __m512 centred = _mm512_sub_ps(load(x + c, mask), _mm512_maskz_loadu_ps(mask, mean + c));
+        __m512 z = _mm512_fmadd_ps(centred, _mm512_maskz_loadu_ps(mask, factor + c),
+                                   _mm512_maskz_loadu_ps(mask, offset + c));
+        store(y + c, activate(z, activation), mask);
+    }
+}
+
+// y = f((x - mean) * factor + offset); the factor is gain / spread.
+void dynaconv_normalize(const bf16 *x, int64_t places, int64_t channels, const float *mean, const float *factor,
+                        const float *offset, int activation, bf16 *y, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t place = 0; place < places; place++) {
+        const bf16 *from = x + place * channels;
+        bf16 *to = y + place * channels;
+#define CALL(f) write_place(from, to, channels, mean, factor, offset, f)
+        FOR_ACTIVATION(activation, CALL)
+#undef CALL
+    }
+}
+
+ALWAYS void write_back(const Sums *in, int64_t place, const float *sums, float share, bf16 *dx, const int activation) {
+    for (int64_t c = 0; c < in->channels; c += LANES) {
+        __mmask16 mask = lanes_left(in->channels - c);
+        int64_t at = place * in->channels + c;
+        __m512 inverse = _mm512_maskz_loadu_ps(mask, in->inverse + c), gain = _mm512_maskz_loadu_ps(mask, in->gain + c);
+        __m512 xhat = _mm512_sub_ps(load(in->x + at, mask), _mm512_maskz_loadu_ps(mask, in->shift + c));
+        xhat = _mm512_mul_ps(xhat, inverse);
+        __m512 z = _mm512_fmadd_ps(gain, xhat, _mm512_maskz_loadu_ps(mask, in->offset + c));
+        __m512 g = activate_back(z, load(in->gradient + at, mask), activation);
+        __m512 each = _mm512_set1_ps(share);
+        g = _mm512_fnmadd_ps(each, _mm512_maskz_loadu_ps(mask, sums + c), g);
+        __m512 along = _mm512_mul_ps(each, _mm512_maskz_loadu_ps(mask, sums + in->channels + c));
+        g = _mm512_fnmadd_ps(along, xhat, g);
+        store(dx + at, _mm512_mul_ps(g, _mm512_mul_ps(gain, inverse)), mask);
+    }
+}
+
+// The gradients of normalising with the moments of x itself: towards x; and sums, (2, C), towards offset and gain.
+// `inverse` is one over the spread. Returns 0, or 1 where memory is short.
+int dynaconv_normalize_gradients(const bf16 *x, const bf16 *dy, int64_t places, int64_t channels, const float *mean,
+                                 const float *inverse, const float *gain, const float *offset, int activation, bf16 *dx,
+                                 float *sums, int threads) {
+    Sums in = {x, dy, channels, mean, inverse, gain, offset};
+    if (sum_places(&in, places, activation, sums, threads)) return 1;
+    float share = 1.0f / (float)places;
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t place = 0; place < places; place++) {
+#define CALL(f) write_back(&in, place, sums, share, dx, f)
+        FOR_ACTIVATION(activation, CALL)
+#undef CALL
+    }
+    return 0;
+}

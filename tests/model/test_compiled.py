@@ -1,0 +1,278 @@
+"""The compiled convolution: the same numbers as torch's within bfloat16, and torch's where it cannot be built."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from torch.nn import functional
+
+from dynaconv.model import compiled, native
+from dynaconv.model.layout import continue_channels
+from dynaconv.model.mixture import choose_form, mix_compiled, mix_literally
+from dynaconv.model.network import Block
+
+needs_library = pytest.mark.skipif(native.library() is None, reason=f"no compiled convolution: {native.why_not()}")
+
+CASES = [
+    # images, channels, outputs, height, width, sides of the kernels
+    (3, 16, 16, 8, 8, (3,)),
+    (5, 24, 64, 33, 32, (3, 1)),
+    (7, 64, 48, 6, 7, (3, 1, 3, 5)),
+    (9, 130, 70, 5, 2, (3, 3, 3)),
+    (40, 64, 64, 4, 4, (3, 3, 3, 3)),
+    (4, 20, 90, 16, 16, (5, 3)),
+    (1, 64, 64, 3, 2, (3, 3, 1)),
+    (2, 1, 1, 2, 2, (3,)),
+]
+
+
+def make_case(images, channels, outputs, height, width, sides):
+    generator = torch.Generator().manual_seed(0)
+
+    def draw(*shape):
+        return torch.randn(*shape, generator=generator)
+
+    inputs = draw(images, channels, height, width).bfloat16()
+    kernels = [draw(outputs, channels, side, side) / (9 * channels) ** 0.5 for side in sides]
+    return inputs, kernels, draw(images, len(sides)).bfloat16(), draw(images, outputs, height, width).bfloat16()
+
+
+def distance(one, other):
+    return ((one.double() - other.double()).norm() / other.double().norm()).item()
+
+
+def gradients(mix, case, residual=None, precise=False, gradient=None):
+    """Returns the result of a mixture and its gradients: of inputs, weights, kernels, and a residual that is a tensor.
+
+    Computed in float64 if `precise`, else under autocast. A residual "inputs" is the inputs themselves.
+    """
+    inputs, kernels, weights = case
+    leaves = [inputs, weights, *kernels, *([residual] if isinstance(residual, torch.Tensor) else [])]
+    leaves = [(leaf.double() if precise else leaf.clone()).requires_grad_() for leaf in leaves]
+    added = {"inputs": leaves[0], "none": None}.get(residual, leaves[-1]) if isinstance(residual, str) else leaves[-1]
+    with torch.autocast("cpu", torch.bfloat16, enabled=not precise):
+        result = mix(leaves[0], leaves[2 : 2 + len(kernels)], leaves[1], added)
+    gradient = torch.randn(result.shape, generator=torch.Generator().manual_seed(1)) if gradient is None else gradient
+    result.backward(gradient.to(result.dtype))
+    return [result.detach(), *(leaf.grad for leaf in leaves)]
+
+
+def literal(inputs, kernels, weights, residual):
+    residual = residual if residual is None else continue_channels(residual, len(kernels[0]))
+    return mix_literally(inputs, kernels, weights, residual)
+
+
+def pooled(inputs, kernels, weights, residual):
+    return mix_compiled(inputs, kernels, weights, residual, pooled=True)
+
+
+def assert_near(found, expected, most=1e-2):
+    """Compares results and gradients; a weight's is a sum over a whole image, of which little may be left."""
+    distances = [
+        distance(*pair) if pair[1].any() else pair[0].norm().item() for pair in zip(found, expected, strict=True)
+    ]
+    assert distances == pytest.approx([0] * len(found), abs=4 * most)
+    assert sorted(distances)[:-1] == pytest.approx([0] * (len(found) - 1), abs=most)
+
+
+@needs_library
+@pytest.mark.parametrize("residual", ["none", "inputs", "another"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_as_the_literal_form_in_double_precision(case, residual):
+    *case, another = make_case(*case)
+    residual = another if residual == "another" else residual
+    found = gradients(mix_compiled, case, residual)
+    assert found[0].dtype == torch.bfloat16
+    assert_near(found, gradients(literal, case, residual, precise=True))
+
+
+@needs_library
+@pytest.mark.parametrize("residual", ["none", "inputs", "another"])
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_pooled_as_torch_pools(case, residual):
+    *case, another = make_case(*case)
+    # The same residual as a tensor of its own: its gradient shows where the pooling took its numbers from.
+    same = {"none": torch.zeros_like(another), "inputs": continue_channels(case[0], another.shape[1]).clone()}
+    separate = same.get(residual, another)
+    whole = gradients(mix_compiled, case, separate)[0].float()
+    largest = functional.max_pool2d(whole, 2)
+    back = torch.randn(largest.shape, generator=torch.Generator().manual_seed(2)).bfloat16()
+    unpooled = gradients(pooled, case, separate, gradient=back)[-1]
+    found = gradients(pooled, case, another if residual == "another" else residual, gradient=back)
+    torch.testing.assert_close(found[0], largest.bfloat16(), rtol=0, atol=0)
+    taken = functional.max_pool2d(torch.where(unpooled != 0, whole, -torch.inf), 2)
+    assert torch.equal(taken.bfloat16(), found[0])
+    assert torch.equal(functional.avg_pool2d(unpooled.float() * 4, 2), back.float())
+    expected = gradients(mix_compiled, case, another if residual == "another" else residual, gradient=unpooled)
+    assert_near(found[1:], expected[1:], 4e-3)
+
+
+@needs_library
+def test_pooling_lets_no_nan_disappear():
+    inputs = torch.randn(2, 16, 4, 4, generator=torch.Generator().manual_seed(0)).bfloat16()
+    residual = torch.zeros_like(inputs)
+    residual[0, 3, 1, 0] = torch.nan
+    pooled = compiled.mix(inputs, [torch.zeros(16, 16, 3, 3)], torch.ones(2, 1), residual, pooled=True)
+    assert pooled.isnan().nonzero().tolist() == [[0, 3, 0, 0]]
+
+
+@needs_library
+@pytest.mark.parametrize("threads", [1, 2, 5])
+def test_any_number_of_threads(threads):
+    case = make_case(40, 24, 40, 9, 9, (3, 1, 3))[:3]
+    before = torch.get_num_threads()
+    outcomes = []
+    try:
+        for count in (1, threads):
+            torch.set_num_threads(count)
+            outcomes.append(gradients(mix_compiled, case, "inputs"))
+    finally:
+        torch.set_num_threads(before)
+    for one, other in zip(*outcomes, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
+
+
+@needs_library
+@pytest.mark.parametrize("sides", [(3,), (3, 3)], ids=str)
+@pytest.mark.parametrize("wanted", [0, 1, 2], ids=["inputs", "weights", "kernel"])
+def test_a_gradient_that_nobody_wants_is_not_returned(sides, wanted):
+    inputs, kernels, weights, another = make_case(3, 16, 32, 8, 8, sides)
+    everything = gradients(mix_compiled, (inputs, kernels, weights), "inputs", gradient=another)
+    leaves = [inputs, weights, *kernels]
+    leaves[wanted].requires_grad_()
+    mix_compiled(leaves[0], leaves[2:], leaves[1], leaves[0]).backward(another)
+    assert [leaf.grad is not None for leaf in leaves] == [place == wanted for place in range(len(leaves))]
+    assert distance(leaves[wanted].grad, everything[1 + wanted]) < 1e-2
+
+
+@needs_library
+def test_the_same_numbers_every_time():
+    case = make_case(40, 64, 64, 8, 8, (3, 3, 1))
+    one, other = (gradients(mix_compiled, case[:3], "inputs") for _ in range(2))
+    assert all(torch.equal(*pair) for pair in zip(one, other, strict=True))
+
+
+@needs_library
+def test_autocast_reaches_it_and_the_block_takes_it_of_itself():
+    block = Block(24, 40, 2, (3, 1))
+    images = torch.randn(4, 24, 8, 8, generator=torch.Generator().manual_seed(0))
+    assert block.form_for(images) != "compiled"  # float32
+    with torch.autocast("cpu", torch.bfloat16):
+        assert block.form_for(images) == "compiled"
+        mixed = block(images, pooled=True)
+    assert mixed.dtype == torch.bfloat16
+    expected = functional.max_pool2d(Block.forward(block, images), 2)
+    assert distance(mixed.detach(), expected.detach()) < 1e-2
+    mixed.float().square().sum().backward()
+    assert all(parameter.grad is not None and parameter.grad.dtype == torch.float32 for parameter in block.parameters())
+
+
+@needs_library
+def test_what_it_is_not_made_for_goes_elsewhere():
+    maps = torch.randn(4, 32, 8, 8).bfloat16()
+    assert choose_form((3, 3), 32, maps) == "compiled"
+    assert choose_form((5, 5), 32, maps) != "compiled"
+    assert choose_form((3, 3), 32, maps[:, :, :1]) != "compiled"
+    assert choose_form((3, 3), 8, maps) != "compiled"
+    assert choose_form((3, 3), 32, maps[:1]) == "grouped"  # one image: its kernels are mixed once
+
+
+def test_forced_in_float32_it_is_the_literal_form():
+    inputs, kernels, weights, _ = make_case(3, 16, 24, 5, 5, (3, 1))
+    inputs, weights = inputs.float(), weights.float()
+    assert torch.equal(
+        mix_compiled(inputs, kernels, weights, inputs),
+        mix_literally(inputs, kernels, weights, continue_channels(inputs, 24)),
+    )
+
+
+TELL = "from dynaconv.model import native; print(native.library() is not None, native.why_not())"
+
+
+def told(tmp_path, code=TELL, **variables):
+    environment = {**os.environ, "DYNACONV_CACHE": str(tmp_path / "cache"), **variables}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
+    assert done.stderr == ""
+    return done.stdout.strip()
+
+
+@needs_library
+def test_built_once_and_found_again(tmp_path):
+    assert told(tmp_path) == "True None"
+    (built,) = (tmp_path / "cache" / "native").iterdir()
+    before = built.stat().st_mtime_ns
+    assert told(tmp_path) == "True None"
+    assert [path.stat().st_mtime_ns for path in (tmp_path / "cache" / "native").iterdir()] == [before]
+
+
+@needs_library
+def test_two_processes_may_build_at_once(tmp_path):
+    environment = {**os.environ, "DYNACONV_CACHE": str(tmp_path)}
+    command = [sys.executable, "-c", TELL]
+    both = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    assert [each.communicate()[0].strip() for each in both] == ["True None"] * 2
+    assert len(list((tmp_path / "native").iterdir())) == 1
+
+
+@needs_library
+@pytest.mark.parametrize(
+    ("variables", "reason"),
+    [
+        ({"DYNACONV_COMPILED": "0"}, "DYNACONV_COMPILED=0 is set"),
+        ({"CC": "/no/such/compiler"}, "these could not be built ([Errno 2] No such file"),
+        ({"CC": "false"}, "these could not be built (Command"),
+        ({"CC": "true"}, "these could not be built ("),  # says that all is well, and leaves no library
+    ],
+    ids=str,
+)
+def test_without_a_compiler_torch_convolves(tmp_path, variables, reason):
+    assert told(tmp_path, **variables).startswith(f"False {reason}")
+
+
+@needs_library
+def test_the_user_is_told_what_can_be_mended(tmp_path):
+    code = "from dynaconv.model import native; print(native.advice())"
+    assert told(tmp_path, code) == "None"
+    assert told(tmp_path, code, DYNACONV_COMPILED="0") == "None"
+    assert "install a C compiler" in told(tmp_path, code, CC="/no/such/compiler", DYNACONV_CACHE=str(tmp_path / "new"))
+
+
+@needs_library
+def test_a_cache_that_cannot_be_written(tmp_path):
+    (tmp_path / "cache").write_text("a file")
+    assert told(tmp_path).startswith("False these could not be built (")
+
+
+@needs_library
+def test_a_library_that_was_cut_off_is_built_again(tmp_path):
+    told(tmp_path)
+    (built,) = (tmp_path / "cache" / "native").iterdir()
+    built.write_bytes(built.read_bytes()[:100])
+    assert told(tmp_path) == "True None"
+
+
+@needs_library
+def test_no_working_space_is_an_error_of_memory(tmp_path):
+    code = (
+        "import resource, torch\n"
+        "from dynaconv.model import compiled, native\n"
+        "native.library()\n"
+        "inputs = torch.zeros(8, 512, 8, 8).bfloat16().contiguous(memory_format=torch.channels_last)\n"
+        "kernels, weights = [torch.zeros(512, 512, 3, 3, requires_grad=True) for _ in range(2)], torch.ones(8, 2)\n"
+        "mixed = compiled.mix(inputs, kernels, weights)\n"
+        "used = int(next(line for line in open('/proc/self/status') if line.startswith('VmSize')).split()[1]) * 1024\n"
+        "resource.setrlimit(resource.RLIMIT_AS, (used + 40 * 2**20, -1))\n"
+        "try:\n"
+        "    mixed.backward(torch.ones_like(mixed))\n"
+        "except (MemoryError, RuntimeError) as error:\n"
+        "    print(type(error).__name__, 'memory' in str(error) or 'working space' in str(error))\n"
+    )
+    assert told(tmp_path, code) in ("MemoryError True", "RuntimeError True")
+
+
+def test_the_sources_are_part_of_the_package():
+    here = Path(native.__file__).parent
+    assert {path.name for path in here.iterdir() if path.suffix in (".c", ".h")} == {*native.SOURCES, *native.HEADERS}
