@@ -16,6 +16,7 @@ from matplotlib.figure import Figure
 from record import over_repeats, write_result
 
 from dynaconv.device import computing_in, has_fast_bfloat16, keep_freed_memory, use_threads
+from dynaconv.model import native
 from dynaconv.model.mixture import FORMS, choose_form
 
 BATCH = 128
@@ -65,6 +66,13 @@ def recorded(work):
     return graph.replay
 
 
+def is_timed(form: str, precision: torch.dtype) -> bool:
+    """Winograd's forms are written for the CPU; the compiled one is the literal one where it cannot run."""
+    if form == "compiled":
+        return not CUDA and precision == torch.bfloat16 and native.library() is not None
+    return not (CUDA and form == "winograd")
+
+
 def step(convolve, inputs, parameters) -> None:
     for tensor in (inputs, *parameters):
         tensor.grad = None
@@ -89,8 +97,8 @@ def measure(
     kernels, weights = [fresh(outputs, channels, size, size) for size in sizes], fresh(images, len(sizes))
     contenders = {"static": (partial(torch.nn.functional.conv2d, weight=kernels[0], padding=1), kernels[:1])}
     for name, mix in FORMS.items():
-        if CUDA and name == "winograd":
-            continue  # written for the CPU's caches and matrix products
+        if not is_timed(name, precision):
+            continue
         contenders[name] = (partial(mix, kernels=kernels, weights=weights), [*kernels, weights])
     works = {}
     for name, (convolve, parameters) in contenders.items():
@@ -132,8 +140,8 @@ def draw(metrics: dict[str, dict[str, object]], precisions: list[torch.dtype], p
     for axes, precision in zip(
         figure.subplots(1, len(precisions), squeeze=False, sharey=True)[0], precisions, strict=True
     ):
-        for form, marker in zip(FORMS, "osD^v", strict=True):
-            if CUDA and form == "winograd":
+        for form, marker in zip(FORMS, "osD^vP", strict=True):
+            if not is_timed(form, precision):
                 continue
             rows = [metrics[name_of(*shape, (3, 3, 3, 3), BATCH, precision)] for shape in DRAWN]
             axes.plot([row["times_static"][form]["median"] for row in rows], marker=marker, label=form)  # pyright: ignore

@@ -44,7 +44,7 @@ def fast92() -> Recipe:
         hue=0.0,
         stem_side=2,
         widths=(64, 128, 256, 256, 256, 256),
-        num_convolutions=(1, 1, 2, 2, 2, 2),
+        num_convolutions=(1, 1, 1, 1, 2, 2),
         pool_after=(1, 2, 4),
         norm_momentum=0.4,
         optimizer="muon",
@@ -55,7 +55,7 @@ def fast92() -> Recipe:
         label_smoothing=0.2,
         epochs=12,
         batch_size=500,
-        train_scales=(0.5, 0.75, 0.75, 1.0, 1.0),
+        train_scales=(0.75, 1.0, 1.0),
         evaluation_batch_size=500,
     )
 

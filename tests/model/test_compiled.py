@@ -11,7 +11,7 @@ from torch.nn import functional
 
 from dynaconv.model import compiled, native
 from dynaconv.model.layout import continue_channels
-from dynaconv.model.mixture import choose_form, mix_compiled, mix_literally
+from dynaconv.model.mixture import choose_form, mix_compiled, mix_grouped, mix_literally
 from dynaconv.model.network import Block
 
 needs_library = pytest.mark.skipif(native.library() is None, reason=f"no compiled convolution: {native.why_not()}")
@@ -187,6 +187,20 @@ def test_forced_in_float32_it_is_the_literal_form():
         mix_compiled(inputs, kernels, weights, inputs),
         mix_literally(inputs, kernels, weights, continue_channels(inputs, 24)),
     )
+
+
+@needs_library
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+@pytest.mark.parametrize("sides", [(3, 3, 3), (3, 1, 3), (1, 1), (5, 3, 1)], ids=str)
+def test_the_kernels_of_a_single_image_are_mixed_once(sides, memory_format):
+    inputs, kernels, weights, _ = make_case(1, 12, 21, 6, 5, sides)
+    inputs, weights = inputs.float(), weights.float()
+    kernels = [kernel.contiguous(memory_format=memory_format) for kernel in kernels]
+    expected = mix_literally(inputs, kernels, weights)
+    with torch.inference_mode():
+        torch.testing.assert_close(mix_grouped(inputs, kernels, weights), expected, rtol=1e-5, atol=1e-5)
+        with torch.autocast("cpu", torch.bfloat16):
+            assert distance(mix_grouped(inputs, kernels, weights.bfloat16()), expected) < 1e-2
 
 
 TELL = "from dynaconv.model import native; print(native.library() is not None, native.why_not())"

@@ -63,6 +63,37 @@ def mix(
     )
 
 
+def mixes_once(kernels: Sequence[torch.Tensor]) -> bool:
+    """Tells whether `mix_once` can take these kernels here: on the CPU, in float32, of one size, without gradients."""
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or kernels[0].device.type != "cpu":
+        return False
+    alike = all(
+        kernel.dtype == torch.float32 and kernel.shape == kernels[0].shape and kernel.stride() == kernels[0].stride()
+        for kernel in kernels
+    )
+    dense = kernels[0].is_contiguous() or kernels[0].is_contiguous(memory_format=torch.channels_last)
+    return alike and dense and native.library() is not None
+
+
+def mix_once(kernels: Sequence[torch.Tensor], weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Returns the sum of K kernels, (O, C, R, R) float32, times (K,) weights, in `dtype`: float32 or bfloat16.
+
+    Each kernel is read once and only the sum is written: memory is all that this costs.
+    """
+    mixed = torch.empty_like(kernels[0], dtype=dtype)
+    factors = weights.float().contiguous()
+    loaded().dynaconv_mix_once(
+        native.addresses(kernels),
+        factors.data_ptr(),
+        len(kernels),
+        mixed.numel(),
+        dtype == torch.bfloat16,
+        mixed.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return mixed
+
+
 class _Mixture(torch.autograd.Function):
     """One kernel is convolved with and its sums are scaled; of several, every image gets its own mixture."""
 

@@ -63,7 +63,7 @@ def mix_grouped(inputs: torch.Tensor, kernels: Sequence[torch.Tensor], weights: 
     """
     images, channels, height, width = inputs.shape
     if images == 1:
-        mixed = _mix_once(kernels, weights[0])
+        mixed = _mix_once(kernels, weights[0], rounded=compiled.computes(inputs))
         return functional.conv2d(inputs, mixed, padding=mixed.shape[-1] // 2)
     stack = torch.stack(_same_size(kernels))
     outputs, side = stack.shape[1], stack.shape[-1]
@@ -255,17 +255,24 @@ class _AddWeighted(torch.autograd.Function):
         return to_total, to_output if wants_output else None, to_weight
 
 
-def _mix_once(kernels: Sequence[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
-    """Sums kernels with (K,) weights: each is read once, where stacking them first would write and read them again."""
+def _mix_once(kernels: Sequence[torch.Tensor], weights: torch.Tensor, rounded: bool) -> torch.Tensor:
+    """Sums kernels with (K,) weights: each is read once, where stacking them first would write and read them again.
+
+    The sum may come out in bfloat16 if it will be `rounded` anyway.
+    """
     side = max(kernel.shape[-1] for kernel in kernels)
-    largest, *others = sorted(range(len(kernels)), key=lambda k: -kernels[k].shape[-1])
-    total = kernels[largest] * weights[largest]
-    for k in others:
-        if (own := kernels[k].shape[-1]) == side:
-            total = torch.addcmul(total, kernels[k], weights[k])
-        else:
+    largest = [k for k, kernel in enumerate(kernels) if kernel.shape[-1] == side]
+    alike = [kernels[k] for k in largest]
+    if compiled.mixes_once(alike):
+        total = compiled.mix_once(alike, weights[largest], torch.bfloat16 if rounded else torch.float32)
+    else:
+        total = alike[0] * weights[largest[0]]
+        for kernel, k in zip(alike[1:], largest[1:], strict=True):
+            total = torch.addcmul(total, kernel, weights[k])
+    for k, kernel in enumerate(kernels):
+        if (own := kernel.shape[-1]) < side:
             margin = (side - own) // 2
-            total[:, :, margin : margin + own, margin : margin + own] += kernels[k] * weights[k]
+            total[:, :, margin : margin + own, margin : margin + own] += kernel * weights[k]
     return total
 
 

@@ -117,6 +117,8 @@ def _load(path: Path) -> ctypes.CDLL:
     loaded.dynaconv_mix_gradients.argtypes = [*[pointer] * 6, shape, *[pointer] * 3, threads]
     loaded.dynaconv_unpool.argtypes = [*[pointer] * 3, shape, threads]
     loaded.dynaconv_unpool.restype = None
+    loaded.dynaconv_mix_once.argtypes = [pointer, pointer, number, number, threads, pointer, threads]
+    loaded.dynaconv_mix_once.restype = None
     loaded.dynaconv_moments.argtypes = [pointer, number, number, pointer, pointer, threads]
     loaded.dynaconv_normalize.argtypes = [pointer, number, number, *[pointer] * 3, threads, pointer, threads]
     loaded.dynaconv_normalize.restype = None
