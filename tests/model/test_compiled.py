@@ -203,6 +203,7 @@ def test_the_kernels_of_a_single_image_are_mixed_once(sides, memory_format):
             assert distance(mix_grouped(inputs, kernels, weights.bfloat16()), expected) < 1e-2
 
 
+NATIVE = f"native-{os.geteuid()}"
 TELL = "from dynaconv.model import native; print(native.library() is not None, native.why_not())"
 
 
@@ -216,10 +217,10 @@ def told(tmp_path, code=TELL, **variables):
 @needs_library
 def test_built_once_and_found_again(tmp_path):
     assert told(tmp_path) == "True None"
-    (built,) = (tmp_path / "cache" / "native").iterdir()
+    (built,) = (tmp_path / "cache" / NATIVE).iterdir()
     before = built.stat().st_mtime_ns
     assert told(tmp_path) == "True None"
-    assert [path.stat().st_mtime_ns for path in (tmp_path / "cache" / "native").iterdir()] == [before]
+    assert [path.stat().st_mtime_ns for path in (tmp_path / "cache" / NATIVE).iterdir()] == [before]
 
 
 @needs_library
@@ -228,7 +229,7 @@ def test_two_processes_may_build_at_once(tmp_path):
     command = [sys.executable, "-c", TELL]
     both = [subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, text=True) for _ in range(2)]
     assert [each.communicate()[0].strip() for each in both] == ["True None"] * 2
-    assert len(list((tmp_path / "native").iterdir())) == 1
+    assert len(list((tmp_path / NATIVE).iterdir())) == 1
 
 
 @needs_library
@@ -261,9 +262,22 @@ def test_a_cache_that_cannot_be_written(tmp_path):
 
 
 @needs_library
+def test_nothing_is_loaded_from_a_folder_that_others_can_write(tmp_path):
+    told(tmp_path)
+    folder = tmp_path / "cache" / NATIVE
+    assert folder.stat().st_mode & 0o777 == 0o700
+    folder.chmod(0o777)
+    assert told(tmp_path).endswith("is open to other users)")
+    folder.chmod(0o700)
+    folder.rename(tmp_path / "elsewhere")
+    folder.symlink_to(tmp_path / "elsewhere")
+    assert told(tmp_path).endswith("is open to other users)")
+
+
+@needs_library
 def test_a_library_that_was_cut_off_is_built_again(tmp_path):
     told(tmp_path)
-    (built,) = (tmp_path / "cache" / "native").iterdir()
+    (built,) = (tmp_path / "cache" / NATIVE).iterdir()
     built.write_bytes(built.read_bytes()[:100])
     assert told(tmp_path) == "True None"
 

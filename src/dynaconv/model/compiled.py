@@ -64,7 +64,7 @@ def mix(
 
 
 def mixes_once(kernels: Sequence[torch.Tensor]) -> bool:
-    """Tells whether `mix_once` can take these kernels here: on the CPU, in float32, of one size, without gradients."""
+    """Tells whether `mix_once` can take these kernels: on the CPU, in float32, of one size, without gradients."""
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or kernels[0].device.type != "cpu":
         return False
     alike = all(
@@ -75,19 +75,18 @@ def mixes_once(kernels: Sequence[torch.Tensor]) -> bool:
     return alike and dense and native.library() is not None
 
 
-def mix_once(kernels: Sequence[torch.Tensor], weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Returns the sum of K kernels, (O, C, R, R) float32, times (K,) weights, in `dtype`: float32 or bfloat16.
+def mix_once(kernels: Sequence[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
+    """Returns the sum of K kernels, (O, C, R, R) float32, times (K,) weights, rounded to bfloat16.
 
     Each kernel is read once and only the sum is written: memory is all that this costs.
     """
-    mixed = torch.empty_like(kernels[0], dtype=dtype)
+    mixed = torch.empty_like(kernels[0], dtype=torch.bfloat16)
     factors = weights.float().contiguous()
     loaded().dynaconv_mix_once(
         native.addresses(kernels),
         factors.data_ptr(),
         len(kernels),
         mixed.numel(),
-        dtype == torch.bfloat16,
         mixed.data_ptr(),
         torch.get_num_threads(),
     )

@@ -258,13 +258,13 @@ class _AddWeighted(torch.autograd.Function):
 def _mix_once(kernels: Sequence[torch.Tensor], weights: torch.Tensor, rounded: bool) -> torch.Tensor:
     """Sums kernels with (K,) weights: each is read once, where stacking them first would write and read them again.
 
-    The sum may come out in bfloat16 if it will be `rounded` anyway.
+    The sum may come out in bfloat16 if it will be `rounded` to it anyway.
     """
     side = max(kernel.shape[-1] for kernel in kernels)
     largest = [k for k, kernel in enumerate(kernels) if kernel.shape[-1] == side]
     alike = [kernels[k] for k in largest]
-    if compiled.mixes_once(alike):
-        total = compiled.mix_once(alike, weights[largest], torch.bfloat16 if rounded else torch.float32)
+    if rounded and compiled.mixes_once(alike):
+        total = compiled.mix_once(alike, weights[largest])
     else:
         total = alike[0] * weights[largest[0]]
         for kernel, k in zip(alike[1:], largest[1:], strict=True):

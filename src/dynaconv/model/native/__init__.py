@@ -9,6 +9,7 @@ import hashlib
 import os
 import shlex
 import shutil
+import stat
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -86,7 +87,7 @@ def _built() -> Path:
     """Returns the shared library for this processor and these sources, from the cache or built into it.
 
     Raises:
-        OSError: no compiler, or a cache that cannot be written.
+        OSError: no compiler, or a cache that cannot be written, or that others can.
         subprocess.SubprocessError: the compiler refused, or took longer than BUILD_SECONDS.
     """
     here = Path(__file__).parent
@@ -95,9 +96,8 @@ def _built() -> Path:
     parts = [(here / name).read_bytes() for name in (*SOURCES, *HEADERS)]
     parts += [version, _processor(), " ".join(FLAGS).encode()]
     name = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
-    target = cache_folder() / "native" / f"{name}.so"
+    target = _private_folder() / f"{name}.so"
     if not target.exists():
-        target.parent.mkdir(parents=True, exist_ok=True)
         # Into a name of its own first: another process may be building, or loading, the same one.
         with tempfile.TemporaryDirectory(dir=target.parent) as directory:
             made = Path(directory) / target.name
@@ -117,7 +117,7 @@ def _load(path: Path) -> ctypes.CDLL:
     loaded.dynaconv_mix_gradients.argtypes = [*[pointer] * 6, shape, *[pointer] * 3, threads]
     loaded.dynaconv_unpool.argtypes = [*[pointer] * 3, shape, threads]
     loaded.dynaconv_unpool.restype = None
-    loaded.dynaconv_mix_once.argtypes = [pointer, pointer, number, number, threads, pointer, threads]
+    loaded.dynaconv_mix_once.argtypes = [pointer, pointer, number, number, pointer, threads]
     loaded.dynaconv_mix_once.restype = None
     loaded.dynaconv_moments.argtypes = [pointer, number, number, pointer, pointer, threads]
     loaded.dynaconv_normalize.argtypes = [pointer, number, number, *[pointer] * 3, threads, pointer, threads]
@@ -130,6 +130,22 @@ def _load(path: Path) -> ctypes.CDLL:
     ]  # fmt: skip
     loaded.dynaconv_whiten.restype = None
     return loaded
+
+
+def _private_folder() -> Path:
+    """Returns the folder of this user's libraries in the cache, which several users may share; makes it if need be.
+
+    Raises:
+        OSError: it cannot be made, or another user could put a library there, which would then run as this one.
+    """
+    user = os.geteuid() if hasattr(os, "geteuid") else 0
+    folder = cache_folder() / f"native-{user}"
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    folder.mkdir(mode=0o700, exist_ok=True)
+    facts = folder.lstat()
+    if hasattr(os, "geteuid") and (facts.st_uid != user or facts.st_mode & 0o022 or not stat.S_ISDIR(facts.st_mode)):
+        raise PermissionError(f"{folder} is open to other users")
+    return folder
 
 
 def _processor() -> bytes:
