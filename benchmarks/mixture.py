@@ -136,7 +136,7 @@ def name_of(channels: int, outputs: int, side: int, sizes: tuple[int, ...], imag
 
 
 def draw(metrics: dict[str, dict[str, object]], precisions: list[torch.dtype], path: Path) -> None:
-    figure = Figure(figsize=(6.2 * len(precisions), 4.5), layout="constrained")
+    figure, lines = Figure(figsize=(6.2 * len(precisions), 4.5), layout="constrained"), ([], [])
     for axes, precision in zip(
         figure.subplots(1, len(precisions), squeeze=False, sharey=True)[0], precisions, strict=True
     ):
@@ -152,7 +152,8 @@ def draw(metrics: dict[str, dict[str, object]], precisions: list[torch.dtype], p
         axes.set_ylabel("time of one static convolution")
         axes.set_title(str(precision).removeprefix("torch."))
         axes.grid(alpha=0.3)
-        axes.legend()
+        lines = axes.get_legend_handles_labels()
+    figure.legend(*lines, loc="outside right center")  # of the last axes, which have all forms
     figure.suptitle(f"Four 3x3 convolutions mixed: forward and backward, batch of {BATCH}")
     figure.savefig(path, dpi=110)
 

@@ -64,7 +64,10 @@ def mix(
 
 
 def mixes_once(kernels: Sequence[torch.Tensor]) -> bool:
-    """Tells whether `mix_once` can take these kernels: on the CPU, in float32, of one size, without gradients."""
+    """Tells whether `mix_once` can take these kernels: on the CPU, in float32, of one size, without gradients.
+
+    Nothing is built for it: who looks at a single picture does not want to wait for a compiler.
+    """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or kernels[0].device.type != "cpu":
         return False
     alike = all(
@@ -72,21 +75,22 @@ def mixes_once(kernels: Sequence[torch.Tensor]) -> bool:
         for kernel in kernels
     )
     dense = kernels[0].is_contiguous() or kernels[0].is_contiguous(memory_format=torch.channels_last)
-    return alike and dense and native.library() is not None
+    return alike and dense and native.is_built() and native.library() is not None
 
 
-def mix_once(kernels: Sequence[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
-    """Returns the sum of K kernels, (O, C, R, R) float32, times (K,) weights, rounded to bfloat16.
+def mix_once(kernels: Sequence[torch.Tensor], weights: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Returns the sum of K kernels, (O, C, R, R) float32, times (K,) weights, in `dtype`: float32 or bfloat16.
 
     Each kernel is read once and only the sum is written: memory is all that this costs.
     """
-    mixed = torch.empty_like(kernels[0], dtype=torch.bfloat16)
+    mixed = torch.empty_like(kernels[0], dtype=dtype)
     factors = weights.float().contiguous()
     loaded().dynaconv_mix_once(
         native.addresses(kernels),
         factors.data_ptr(),
         len(kernels),
         mixed.numel(),
+        dtype == torch.bfloat16,
         mixed.data_ptr(),
         torch.get_num_threads(),
     )

@@ -263,8 +263,8 @@ def _mix_once(kernels: Sequence[torch.Tensor], weights: torch.Tensor, rounded: b
     side = max(kernel.shape[-1] for kernel in kernels)
     largest = [k for k, kernel in enumerate(kernels) if kernel.shape[-1] == side]
     alike = [kernels[k] for k in largest]
-    if rounded and compiled.mixes_once(alike):
-        total = compiled.mix_once(alike, weights[largest])
+    if compiled.mixes_once(alike):
+        total = compiled.mix_once(alike, weights[largest], torch.bfloat16 if rounded else torch.float32)
     else:
         total = alike[0] * weights[largest[0]]
         for kernel, k in zip(alike[1:], largest[1:], strict=True):

@@ -41,6 +41,12 @@ def library() -> ctypes.CDLL | None:
     return _outcome()[0]
 
 
+@lru_cache(maxsize=1)
+def is_built() -> bool:
+    """Tells whether the library was built on this machine before; builds nothing."""
+    return (_folder() / _file_name()).exists()
+
+
 def why_not() -> str | None:
     """Tells why there is no library here, as the end of a sentence; None where there is one."""
     return _outcome()[1]
@@ -90,14 +96,9 @@ def _built() -> Path:
         OSError: no compiler, or a cache that cannot be written, or that others can.
         subprocess.SubprocessError: the compiler refused, or took longer than BUILD_SECONDS.
     """
-    here = Path(__file__).parent
-    compiler = shlex.split(os.environ.get("CC", "")) or [shutil.which("cc") or shutil.which("gcc") or "cc"]
-    version = subprocess.run([*compiler, "--version"], capture_output=True, timeout=BUILD_SECONDS, check=True).stdout
-    parts = [(here / name).read_bytes() for name in (*SOURCES, *HEADERS)]
-    parts += [version, _processor(), " ".join(FLAGS).encode()]
-    name = hashlib.sha256(b"\0".join(parts)).hexdigest()[:16]
-    target = _private_folder() / f"{name}.so"
+    compiler, target = _compiler(), _private_folder() / _file_name()
     if not target.exists():
+        here = Path(__file__).parent
         # Into a name of its own first: another process may be building, or loading, the same one.
         with tempfile.TemporaryDirectory(dir=target.parent) as directory:
             made = Path(directory) / target.name
@@ -117,7 +118,7 @@ def _load(path: Path) -> ctypes.CDLL:
     loaded.dynaconv_mix_gradients.argtypes = [*[pointer] * 6, shape, *[pointer] * 3, threads]
     loaded.dynaconv_unpool.argtypes = [*[pointer] * 3, shape, threads]
     loaded.dynaconv_unpool.restype = None
-    loaded.dynaconv_mix_once.argtypes = [pointer, pointer, number, number, pointer, threads]
+    loaded.dynaconv_mix_once.argtypes = [pointer, pointer, number, number, threads, pointer, threads]
     loaded.dynaconv_mix_once.restype = None
     loaded.dynaconv_moments.argtypes = [pointer, number, number, pointer, pointer, threads]
     loaded.dynaconv_normalize.argtypes = [pointer, number, number, *[pointer] * 3, threads, pointer, threads]
@@ -132,18 +133,37 @@ def _load(path: Path) -> ctypes.CDLL:
     return loaded
 
 
+def _compiler() -> list[str]:
+    return shlex.split(os.environ.get("CC", "")) or [shutil.which("cc") or shutil.which("gcc") or "cc"]
+
+
+def _file_name() -> str:
+    """Returns the library's name, another one for other sources, another processor or another compiler."""
+    here = Path(__file__).parent
+    parts = [(here / name).read_bytes() for name in (*SOURCES, *HEADERS)]
+    parts += [_processor(), " ".join([*_compiler(), *FLAGS]).encode()]
+    return f"{hashlib.sha256(b'|'.join(parts)).hexdigest()[:16]}.so"
+
+
+def _user() -> int:
+    return os.geteuid() if hasattr(os, "geteuid") else 0
+
+
+def _folder() -> Path:
+    return cache_folder() / f"native-{_user()}"
+
+
 def _private_folder() -> Path:
     """Returns the folder of this user's libraries in the cache, which several users may share; makes it if need be.
 
     Raises:
         OSError: it cannot be made, or another user could put a library there, which would then run as this one.
     """
-    user = os.geteuid() if hasattr(os, "geteuid") else 0
-    folder = cache_folder() / f"native-{user}"
+    folder = _folder()
     folder.parent.mkdir(parents=True, exist_ok=True)
     folder.mkdir(mode=0o700, exist_ok=True)
     facts = folder.lstat()
-    if hasattr(os, "geteuid") and (facts.st_uid != user or facts.st_mode & 0o022 or not stat.S_ISDIR(facts.st_mode)):
+    if facts.st_uid != _user() or facts.st_mode & 0o022 or not stat.S_ISDIR(facts.st_mode):
         raise PermissionError(f"{folder} is open to other users")
     return folder
 
