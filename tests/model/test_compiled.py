@@ -203,6 +203,27 @@ def test_the_kernels_of_a_single_image_are_mixed_once(sides, memory_format):
             assert distance(mix_grouped(inputs, kernels, weights.bfloat16()), expected) < 1e-2
 
 
+@pytest.mark.parametrize(
+    ("capabilities", "reason"),
+    [
+        ({}, "no AVX-512"),
+        ({"avx512_bf16": False}, "no AVX-512"),
+        ({"avx512_bf16": True, "amx_bf16": True}, "matrix tiles"),
+    ],
+    ids=str,
+)
+def test_other_processors_are_left_to_torch(monkeypatch, capabilities, reason):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: capabilities, raising=False)
+    native._outcome.cache_clear()
+    try:
+        assert native.library() is None
+        assert reason in native.why_not()
+        assert native.advice() is None
+        assert not compiled.computes(torch.zeros(1, 16, 4, 4, dtype=torch.bfloat16))
+    finally:
+        native._outcome.cache_clear()
+
+
 NATIVE = f"native-{os.geteuid()}"
 TELL = "from dynaconv.model import native; print(native.library() is not None, native.why_not())"
 

@@ -74,8 +74,11 @@ class Stem(ctypes.Structure):
 
 @lru_cache(maxsize=1)
 def _outcome() -> tuple[ctypes.CDLL | None, str | None]:
-    if not torch.cpu._is_avx512_bf16_supported():  # pyright: ignore[reportPrivateUsage]
+    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # newer than the oldest torch that is taken
+    if not capabilities.get("avx512_bf16", False):
         return None, "the processor has no AVX-512 with bfloat16"
+    if capabilities.get("amx_bf16", False):
+        return None, "torch uses the processor's matrix tiles, which do eight times as much at once"
     if os.environ.get("DYNACONV_COMPILED") == "0":
         return None, "DYNACONV_COMPILED=0 is set"
     try:
