@@ -180,6 +180,38 @@ def test_what_it_is_not_made_for_goes_elsewhere():
     assert choose_form((3, 3), 32, maps[:1]) == "grouped"  # one image: its kernels are mixed once
 
 
+@needs_library
+def test_what_does_not_fit_is_refused_before_any_memory_is_touched():
+    inputs, kernels, weights, another = make_case(4, 16, 24, 6, 6, (3, 1))
+    for case in (
+        (inputs[:, :8], kernels, weights, None, False),
+        (inputs, [kernels[0], kernels[1][:5]], weights, None, False),
+        (inputs, [torch.zeros(24, 16, 5, 5)], weights[:, :1], None, False),
+        (inputs, kernels, weights[:3], None, False),
+        (inputs, kernels, weights[:, :1], None, False),
+        (inputs, kernels, weights, another[:2], False),
+        (inputs, kernels, weights, another[:, :, :3], False),
+        (inputs[:, :, :1], kernels, weights, None, True),
+        (inputs[:, :, :0], kernels, weights, None, False),
+    ):
+        with pytest.raises(ValueError, match="do not fit"):
+            compiled.mix(*case)
+    assert compiled.mix(inputs[:0], kernels, weights[:0], another[:0]).shape == (0, 24, 6, 6)
+
+
+@needs_library
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_torchs_default_number_format_does_not_matter(dtype):
+    *case, back = make_case(4, 16, 24, 6, 6, (3, 3))
+    expected = gradients(mix_compiled, case, "inputs", gradient=back)
+    torch.set_default_dtype(dtype)
+    try:
+        found = gradients(mix_compiled, case, "inputs", gradient=back)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert all(torch.equal(*pair) for pair in zip(found, expected, strict=True))
+
+
 def test_forced_in_float32_it_is_the_literal_form():
     inputs, kernels, weights, _ = make_case(3, 16, 24, 5, 5, (3, 1))
     inputs, weights = inputs.float(), weights.float()
@@ -260,6 +292,7 @@ def test_two_processes_may_build_at_once(tmp_path):
         ({"DYNACONV_COMPILED": "0"}, "DYNACONV_COMPILED=0 is set"),
         ({"CC": "/no/such/compiler"}, "these could not be built ([Errno 2] No such file"),
         ({"CC": "false"}, "these could not be built (Command"),
+        ({"CC": "gcc 'open"}, "these could not be built (No closing quotation"),
         ({"CC": "true"}, "these could not be built ("),  # says that all is well, and leaves no library
     ],
     ids=str,

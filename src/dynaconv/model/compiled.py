@@ -21,13 +21,16 @@ from torch.nn import functional
 from dynaconv.model import native
 from dynaconv.model.layout import continue_channels
 
+_FLOATS: Any = {"dtype": torch.float32, "device": "cpu"}
+"""What the library writes, whatever torch's defaults have been set to."""
+
 LANES = 16
 """Numbers in a vector: channels and outputs are continued to a multiple of it."""
 
 
 def computes(inputs: torch.Tensor) -> bool:
     """Tells whether `mix` can take these (N, C, H, W) inputs here: on the CPU, in bfloat16, and not being traced."""
-    if inputs.device.type != "cpu" or torch.compiler.is_compiling():
+    if inputs.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     cast = torch.is_autocast_enabled("cpu") and inputs.dtype in (torch.float32, torch.bfloat16)
     precision = torch.get_autocast_dtype("cpu") if cast else inputs.dtype
@@ -53,9 +56,13 @@ def mix(
 
     Returns:
         (N, O, H, W) bfloat16, channels innermost; pooled (N, O, H / 2, W / 2). Can be differentiated once.
+
+    Raises:
+        ValueError: the shapes do not fit, or maps that are pooled are lower or narrower than two places.
     Cost: N*C*O*H*W*4 multiply-adds (even H and W), of mixed kernels K*N*C*O*16 more; keeps nothing but its arguments,
     and where pooled a byte for every number of the result, for the backward pass.
     """
+    _check_shapes(inputs, kernels, weights, residual, pooled)
     is_shortcut = residual is inputs
     added = None if is_shortcut else residual
     return _Mixture.apply(  # pyright: ignore[reportReturnType]
@@ -66,7 +73,7 @@ def mix(
 def mixes_once(kernels: Sequence[torch.Tensor]) -> bool:
     """Tells whether `mix_once` can take these kernels: on the CPU, in float32, of one size, without gradients.
 
-    Nothing is built for it: who looks at a single picture does not want to wait for a compiler.
+    In float32 nothing is built for it: who looks at a single picture does not want to wait for a compiler.
     """
     if torch.is_grad_enabled() or torch.compiler.is_compiling() or kernels[0].device.type != "cpu":
         return False
@@ -117,8 +124,8 @@ class _Mixture(torch.autograd.Function):
         images, _, height, width = inputs.shape
         outputs = len(kernels[0])
         size = (height // 2, width // 2) if pooled else (height, width)
-        result = _empty_maps(images, outputs, *size)
-        places = _empty_maps(images, outputs, *size, dtype=torch.uint8) if pooled else None
+        result = empty_maps(images, outputs, *size)
+        places = empty_maps(images, outputs, *size, dtype=torch.uint8) if pooled else None
         _convolve(_Pooled(inputs, None), kernels, weights, into=_Pooled(result, places), residual=added)
         ctx.save_for_backward(inputs, places, weights, *kernels)
         ctx.is_shortcut = is_shortcut
@@ -162,6 +169,23 @@ class _Mixture(torch.autograd.Function):
         return to_inputs, to_residual, None, None, to_weights, *to_kernels
 
 
+def _check_shapes(
+    inputs: torch.Tensor,
+    kernels: Sequence[torch.Tensor],
+    weights: torch.Tensor,
+    residual: torch.Tensor | None,
+    pooled: bool,
+) -> None:
+    """Raises ValueError for what the library, which is told addresses alone, would read or write beyond."""
+    images, channels, *size = inputs.shape
+    sides = {(len(kernels[0]), channels, side, side) for side in (1, 3)}
+    fits = all(kernel.shape in sides for kernel in kernels) and weights.shape == (images, len(kernels))
+    beside = residual is None or (len(residual), *residual.shape[2:]) == (images, *size)
+    if not fits or not beside or min(size) < 1 + pooled:
+        shapes = ", ".join(str(tuple(each.shape)) for each in (inputs, *kernels, weights))
+        raise ValueError(f"inputs, kernels and weights do not fit each other or the pooling: {shapes}")
+
+
 class _Pooled(NamedTuple):
     """Maps, channels innermost; what max-pooling left of them, where `places` tells whence in its window."""
 
@@ -189,7 +213,7 @@ def _convolve(
     several = len(kernels) > 1
     transformed = _transform(kernels, turned, several)
     mixing, scales = _mixing(weights, several)
-    products = None if probe is None else torch.empty(images, (height + 1) // 2)
+    products = None if probe is None else torch.empty(images, (height + 1) // 2, **_FLOATS)
     failed = loaded().dynaconv_mix(
         *(_address(each) for each in (*maps, transformed, mixing, scales, residual)),
         0 if residual is None else residual.shape[1],
@@ -208,9 +232,9 @@ def _gradients(
     images, channels, height, width = inputs.shape
     transformed = _transform(kernels, turned=False, mixed=True) if shared_out else None
     mixing, scales = _mixing(weights, shared_out)
-    to_kernels = [torch.empty(kernel.shape) for kernel in kernels]
+    to_kernels = [torch.empty(kernel.shape, **_FLOATS) for kernel in kernels]
     count = len(kernels) * shared_out
-    to_weights = torch.empty(images, count + count % 2)
+    to_weights = torch.empty(images, count + count % 2, **_FLOATS)
     failed = loaded().dynaconv_mix_gradients(
         *(_address(each) for each in (inputs, *back, transformed, mixing, scales)),
         native.Shape(images, height, width, channels, back.numbers.shape[1], count),
@@ -228,7 +252,7 @@ def _unpool(maps: _Pooled, shape: torch.Size) -> torch.Tensor:
     if maps.places is None:
         return maps.numbers
     images, outputs = maps.numbers.shape[:2]
-    whole = _empty_maps(images, outputs, *shape[2:])
+    whole = empty_maps(images, outputs, *shape[2:])
     sizes = native.Shape(images, *shape[2:], 0, outputs, 0)
     loaded().dynaconv_unpool(*(_address(each) for each in (*maps, whole)), sizes, torch.get_num_threads())
     return whole
@@ -239,7 +263,7 @@ def _transform(kernels: Sequence[torch.Tensor], turned: bool, mixed: bool) -> to
     outputs, channels = kernels[0].shape[:2]
     padded = (channels + -channels % LANES) * (outputs + -outputs % LANES)
     pairs = padded * ((len(kernels) + 1) // 2) if mixed else padded // 2
-    transformed = torch.empty(16 * pairs, dtype=torch.int32)
+    transformed = torch.empty(16 * pairs, dtype=torch.int32, device="cpu")
     plain = [kernel.detach().float().contiguous() for kernel in kernels]
     loaded().dynaconv_transform_kernels(
         native.addresses(plain),
@@ -259,8 +283,9 @@ def _mixing(weights: torch.Tensor, mixed: bool) -> tuple[torch.Tensor | None, to
     return None, weights[:, 0].float().contiguous()
 
 
-def _empty_maps(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    return torch.empty(shape, dtype=dtype, memory_format=torch.channels_last)
+def empty_maps(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+    """Returns (N, C, H, W) maps on the CPU, channels innermost, to be written by the library."""
+    return torch.empty(shape, dtype=dtype, device="cpu", memory_format=torch.channels_last)
 
 
 def _innermost(maps: torch.Tensor) -> torch.Tensor:

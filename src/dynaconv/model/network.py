@@ -246,7 +246,9 @@ def count_flops(network: Network, channels: int, image_size: int) -> int:
     layers = [layer for layer in network.modules() if isinstance(layer, Block | WhiteningStem | nn.Linear)]
     handles = [layer.register_forward_hook(count) for layer in layers]
     try:
-        network(torch.zeros(1, channels, image_size, image_size, device=next(network.parameters()).device))
+        device = next(network.parameters()).device
+        with torch.autocast(device.type, enabled=False):  # compiled layers are not called one by one
+            network(torch.zeros(1, channels, image_size, image_size, device=device))
     finally:
         for handle in handles:
             handle.remove()

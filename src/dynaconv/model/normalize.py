@@ -30,7 +30,9 @@ CODES = {"relu": 1, "silu": 2}
 def normalize_and_activate(
     norm: nn.BatchNorm2d, maps: torch.Tensor, activation: str, activate: Callable[[torch.Tensor], torch.Tensor]
 ) -> torch.Tensor:
-    """Applies batch norm, then the activation, to (N, C, H, W) maps; keeps their order in memory and number format.
+    """Applies batch norm, then the activation, to (N, C, H, W) maps.
+
+    Where it is compiled, the result is bfloat16 with its channels innermost; torch's own keeps order and number format.
 
     In training the statistics are those of the maps, and the layer's running ones follow them, as in torch.
 
@@ -90,7 +92,7 @@ class _Normalize(torch.autograd.Function):
         maps, gain, offset, mean, inverse = ctx.saved_tensors
         gradient = gradient.to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
         to_maps = torch.empty_like(maps)
-        sums = torch.empty(2, maps.shape[1])
+        sums = torch.empty(2, maps.shape[1], dtype=torch.float32, device="cpu")
         failed = compiled.loaded().dynaconv_normalize_gradients(
             *(each.data_ptr() for each in (maps, gradient)),
             maps.numel() // maps.shape[1],
@@ -107,7 +109,7 @@ class _Normalize(torch.autograd.Function):
 @torch.no_grad()
 def _moments(maps: torch.Tensor, places: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the mean and the variance, the sum over `places` and not one fewer, of each channel: (C,) float32."""
-    mean, variance = torch.empty(maps.shape[1]), torch.empty(maps.shape[1])
+    mean, variance = torch.empty(2, maps.shape[1], dtype=torch.float32, device="cpu")
     failed = compiled.loaded().dynaconv_moments(
         maps.data_ptr(), places, maps.shape[1], mean.data_ptr(), variance.data_ptr(), torch.get_num_threads()
     )

@@ -8,7 +8,7 @@ from torch import nn
 from torch.nn import functional
 
 from dynaconv.model import native
-from dynaconv.model.compiled import LANES, computes, loaded
+from dynaconv.model.compiled import LANES, computes, empty_maps, loaded
 from dynaconv.model.normalize import CODES
 
 
@@ -73,15 +73,14 @@ def whiten_and_activate(
         activation: The activation's name.
         activate: The activation itself, for where it is not compiled.
     """
-    if activation not in CODES or images.dtype != torch.float32 or images.requires_grad or not computes(images):
+    fits = images.dtype == torch.float32 and images.shape[1] == stem.kernel.shape[1] and not images.requires_grad
+    if activation not in CODES or not fits or not computes(images):
         return activate(stem(images).contiguous(memory_format=torch.channels_last))
     padded = stem.pad(images)
     height, width = ((side - stem.side) // stem.stride + 1 for side in padded.shape[2:])
     count = stem.out_channels // 2
-    directions = functional.pad(stem.kernel[:count].flatten(1).T, (0, -count % LANES)).contiguous()
-    maps = torch.empty(
-        (len(images), stem.out_channels, height, width), dtype=torch.bfloat16, memory_format=torch.channels_last
-    )
+    directions = functional.pad(stem.kernel[:count].float().flatten(1).T, (0, -count % LANES)).contiguous()
+    maps = empty_maps(len(images), stem.out_channels, height, width)
     sizes = (len(images), images.shape[1], height, width, stem.side, stem.stride)
     loaded().dynaconv_whiten(
         padded.data_ptr(),

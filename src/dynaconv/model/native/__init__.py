@@ -41,10 +41,17 @@ def library() -> ctypes.CDLL | None:
     return _outcome()[0]
 
 
-@lru_cache(maxsize=1)
 def is_built() -> bool:
     """Tells whether the library was built on this machine before; builds nothing."""
-    return (_folder() / _file_name()).exists()
+    return bool(_outcome.cache_info().currsize) or _was_built()
+
+
+@lru_cache(maxsize=1)
+def _was_built() -> bool:
+    try:
+        return (_folder() / _file_name()).exists()
+    except (OSError, RuntimeError, ValueError):
+        return False
 
 
 def why_not() -> str | None:
@@ -86,9 +93,10 @@ def _outcome() -> tuple[ctypes.CDLL | None, str | None]:
         try:
             return _load(path), None
         except (OSError, AttributeError):  # a file that was cut off, by a full disk for one
-            path.unlink()
+            path.unlink(missing_ok=True)  # another process may have found it, too
             return _load(_built()), None
-    except (OSError, AttributeError, subprocess.SubprocessError) as error:
+    # Without a home folder pathlib raises RuntimeError, and an open quote in CC is a ValueError.
+    except (OSError, AttributeError, RuntimeError, ValueError, subprocess.SubprocessError) as error:
         return None, f"{_NOT_BUILT} ({_last_line(error)})"
 
 

@@ -84,7 +84,8 @@ typedef struct {
     uint8_t *places;  // where max-pooling took its numbers from; or none, and there is no pooling
 } Finish;
 
-// Stores 2x2 outputs, or the largest of them and where it stood: the first of equals, a NaN before all, as torch does.
+// Stores 2x2 outputs, or the largest of them and where it stood: the first of equals, and a NaN before all numbers.
+// They are compared before they are rounded, where torch compares what rounding has left.
 ALWAYS void store_tile(const __m512 values[4], const Shape *s, int64_t image, int64_t y, int64_t x, int64_t o,
                        __mmask16 mask, const Finish *finish) {
     if (!finish->places) {

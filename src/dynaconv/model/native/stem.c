@@ -2,7 +2,7 @@
 
 #include "activation.h"
 
-// What a stem makes of images, which have their margins and may lie in any order: strides of image, channel, row, column.
+// What a stem makes of images, which have margins and may lie in any order: strides of image, channel, row, column.
 typedef struct {
     int64_t images, channels, height, width;  // of the maps that come out, but for the channels
     int64_t side, step;                       // of the kernels; from place to place
