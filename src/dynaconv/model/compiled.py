@@ -30,7 +30,8 @@ LANES = 16
 
 def computes(inputs: torch.Tensor) -> bool:
     """Tells whether `mix` can take these (N, C, H, W) inputs here: on the CPU, in bfloat16, and not being traced."""
-    if inputs.device.type != "cpu" or torch.compiler.is_compiling() or torch.jit.is_tracing():
+    traced = torch.compiler.is_compiling() or torch.jit.is_tracing()  # pyright: ignore[reportPrivateImportUsage]
+    if inputs.device.type != "cpu" or traced:
         return False
     cast = torch.is_autocast_enabled("cpu") and inputs.dtype in (torch.float32, torch.bfloat16)
     precision = torch.get_autocast_dtype("cpu") if cast else inputs.dtype
