@@ -17,10 +17,7 @@ from dynaconv.data.batches import Batches
 from dynaconv.data.check import glance
 from dynaconv.data.images import ImageSet
 from dynaconv.data.sources import load_images, options_of
-from dynaconv.device import (
-    computing_in,
-    peak_memory_bytes,
-)
+from dynaconv.device import computing_in, peak_memory_bytes
 from dynaconv.errors import UserError, WorkError
 from dynaconv.evaluation import random_places, store_familiarity, store_judgement
 from dynaconv.judging.evaluate import Evaluation, evaluate

@@ -24,8 +24,7 @@ SOURCES = ("mix.c", "gradients.c", "normalize.c", "stem.c")
 HEADERS = ("winograd.h", "activation.h")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 BUILD_SECONDS = 120
-"""A build takes three seconds; one that hangs must not hold up a training for ever."""
-
+"""A build takes four seconds; one that hangs must not hold up a training for ever."""
 
 _NOT_BUILT = "these could not be built"
 
@@ -34,6 +33,15 @@ class Shape(ctypes.Structure):
     """The sizes of one convolution: the struct of `winograd.h`."""
 
     _fields_ = [(name, ctypes.c_int64) for name in ("images", "height", "width", "channels", "outputs", "kernels")]
+
+
+class Stem(ctypes.Structure):
+    """The sizes of one whitening stem and the images that it reads: the struct of `stem.c`."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("images", "channels", "height", "width", "side", "step")),
+        ("strides", ctypes.c_int64 * 4),
+    ]
 
 
 def library() -> ctypes.CDLL | None:
@@ -68,15 +76,6 @@ def advice() -> str | None:
         f"Convolutions are torch's own, about 1.4 times as slow as dynaconv's: {reason}. To have them built, install a "
         "C compiler with OpenMP, such as gcc, or name one in CC."
     )
-
-
-class Stem(ctypes.Structure):
-    """The sizes of one whitening stem and the images that it reads: the struct of `stem.c`."""
-
-    _fields_ = [
-        *((name, ctypes.c_int64) for name in ("images", "channels", "height", "width", "side", "step")),
-        ("strides", ctypes.c_int64 * 4),
-    ]
 
 
 @lru_cache(maxsize=1)
