@@ -29,7 +29,8 @@ class Muon(torch.optim.Optimizer):
     update, however wide the layer. Without that, the mixing weights run away in the first updates (docs/log.md).
 
     Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024), as in airbench94_muon.
-    Cost: 3 iterations of two products with the smaller side of the matrix, once per update and not per image.
+    Cost: two products of the matrix with squares of its smaller side, and eight of such squares with each other, once per
+    update and not per image.
     """
 
     def __init__(
@@ -142,19 +143,26 @@ def _tensors(state: dict[str, Any]) -> list[torch.Tensor]:
 def orthogonalize(matrices: torch.Tensor, iterations: int = 3) -> torch.Tensor:
     """Brings the singular values of every matrix, (B, M, N), near one, and keeps its singular vectors.
 
-    Three iterations leave the values between about 0.3 and 1.2, which serves an optimiser as well as one. Under
-    autocast all of it is computed in the lower precision, cast once instead of in every product.
+    Three iterations leave the values between about 0.3 and 1.2, which serves an optimiser as well as one. Each takes X
+    to (a + b X X' + c (X X')^2) X, so that all of them together are a polynomial of the first X X', a small square
+    matrix: only there is iterated, in the precision of the matrices, and the two large products, which run in the lower
+    precision under autocast, are computed once.
     """
     device = matrices.device.type
     precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else matrices.dtype
     tall = matrices.shape[1] > matrices.shape[2]
-    result = (matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(precision)
-    result = result.mT if tall else result
+    start = (matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(precision)
+    start = start.mT if tall else start
     first, third, fifth = QUINTIC
-    for _ in range(iterations):
-        gram = result @ result.mT
-        polynomial = torch.baddbmm(gram, gram, gram, beta=third, alpha=fifth)
-        result = torch.baddbmm(result, polynomial, result, beta=first)
+    with torch.autocast(device, enabled=False):
+        gram = (start @ start.mT).to(matrices.dtype)
+        polynomial = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
+        for left in reversed(range(iterations)):
+            factor = torch.baddbmm(gram, gram, gram, beta=third, alpha=fifth)
+            factor.diagonal(dim1=1, dim2=2).add_(first)
+            polynomial = factor @ polynomial
+            gram = factor @ gram @ factor if left else gram
+        result = polynomial.to(precision) @ start
     return (result.mT if tall else result).to(matrices.dtype)
 
 

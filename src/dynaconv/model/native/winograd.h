@@ -27,7 +27,7 @@ enum {
     FEW = 4,         // channels of the same, in the backward pass
 };
 
-static const int64_t MOST_BYTES = (int64_t)1 << 30;  // of the threads' own gradients, together
+static const int64_t MOST_SUMS = (int64_t)12 << 20;  // bytes of a thread's own gradients
 
 #define ALWAYS static inline __attribute__((always_inline))
 
