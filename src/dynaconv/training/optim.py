@@ -29,8 +29,8 @@ class Muon(torch.optim.Optimizer):
     update, however wide the layer. Without that, the mixing weights run away in the first updates (docs/log.md).
 
     Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024), as in airbench94_muon.
-    Cost: two products of the matrix with squares of its smaller side, and eight of such squares with each other, once per
-    update and not per image.
+    Cost: two products of the matrix with squares of its smaller side, and eight of such squares with each other, once
+    per update and not per image.
     """
 
     def __init__(
