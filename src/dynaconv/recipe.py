@@ -242,10 +242,6 @@ class TrainSettings:
     train_scales: tuple[float, ...] = ()
     """Shares of the images' side, 0.25 to 1, to which training images are scaled, each for an equal part of the epochs:
     `0.5 0.75 1` trains a third of them on images of half the side, which are cheap. Empty keeps the side."""
-    skip_easy: float = 0.0
-    """Chance with which an image is left out of a pass if its loss was below the mean when it was last seen, 0 to 0.9.
-    Those of its kind that are kept count for more, and the time is spent on the hard ones; the last 15% of the epochs
-    see all images. 0 gives every image the same time."""
     seed: int = 0
     """Seed of the initial weights, the order of the images and the augmentation."""
     checkpoint_every: str = "60s"
@@ -276,7 +272,6 @@ class TrainSettings:
         parse_duration(self.checkpoint_every, "--checkpoint-every")
         for scale in self.train_scales:
             _require_range("train_scales", scale, 0.25, 1)
-        _require_range("skip_easy", self.skip_easy, 0, 0.9)
         _require_range("seed", self.seed, 0, 2**63 - 1)
         _require_count("log_every", self.log_every)
         _require_range("threads", self.threads, 0, 1024)

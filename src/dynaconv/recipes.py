@@ -61,7 +61,6 @@ def fast92() -> Recipe:
         batch_size=1000,
         # Sides that leave whole tiles of Winograd's algorithm behind every pooling: 20 costs as much as 24.
         train_scales=(0.5, 0.5, 0.5, 0.75, 0.75, 0.75, 1.0, 1.0),
-        skip_easy=0.6,
         evaluation_batch_size=500,
     )
 

@@ -6,7 +6,6 @@ import pytest
 import torch
 from torch import nn
 
-from dynaconv.data.emphasis import Emphasis
 from dynaconv.errors import WorkError
 from dynaconv.recipe import Recipe, with_settings
 from dynaconv.training.fit import fit
@@ -185,23 +184,3 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(RuntimeError, match="shapes"):
         training_epoch(model, cut(images, labels, 12), nn.CrossEntropyLoss(), optimizer, CPU)
-
-
-def test_an_emphasis_weighs_the_losses_and_is_told_of_each():
-    emphasis = Emphasis(6, 0.5, CPU)
-    emphasis.factors = torch.tensor([1.0, 2.0, 1.0, 2.0, 1.0, 1.0])
-    model = nn.Sequential(nn.Flatten(), nn.Linear(4, 3))
-    images, labels, places = torch.randn(4, 1, 2, 2), torch.tensor([0, 1, 2, 0]), torch.tensor([5, 1, 0, 3])
-    with torch.no_grad():
-        logits = model(images)
-    each = nn.functional.cross_entropy(logits, labels, reduction="none")
-    weights = torch.tensor([1.0, 2.0, 1.0, 2.0])
-    average = training_epoch(
-        model, [(images, labels, places)], nn.CrossEntropyLoss(reduction="none"),
-        torch.optim.SGD(model.parameters(), lr=0.1), CPU, state=EpochState(Sums(CPU), emphasis=emphasis),
-    )  # fmt: skip
-    assert average.loss == pytest.approx(((each * weights).sum() / weights.sum()).item())
-    right = (logits.argmax(1) == labels).float()
-    assert average.accuracy == pytest.approx(((right * weights).sum() / weights.sum()).item())
-    torch.testing.assert_close(emphasis.losses[places], each)
-    assert emphasis.losses[[2, 4]].isinf().all()

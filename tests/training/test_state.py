@@ -29,7 +29,6 @@ MUON = with_settings(
     train_scales=(0.5, 1.0),
 )  # fmt: skip
 ACCUMULATED = with_settings(ADAM, accumulation_steps=4)
-SKIPPING = with_settings(ADAM, skip_easy=0.6, alternate_flip=True)
 
 
 class _StopError(Exception):
@@ -64,9 +63,7 @@ def timeless(history):
 
 
 @pytest.mark.parametrize(
-    ("recipe", "chances"),
-    [(ADAM, 6 + 1), (MUON, 6 + 1), (ACCUMULATED, 2 + 1), (SKIPPING, 6 + 1)],
-    ids=["adam", "muon", "accumulated", "skipping"],
+    ("recipe", "chances"), [(ADAM, 6 + 1), (MUON, 6 + 1), (ACCUMULATED, 2 + 1)], ids=["adam", "muon", "accumulated"]
 )
 def test_going_on_from_any_update_is_never_having_stopped(recipe, chances):
     whole, whole_history = train(recipe)
@@ -105,9 +102,7 @@ def test_the_state_is_a_copy():
     assert all(torch.equal(before[name], tensor) for name, tensor in state.tensors.items())
 
 
-@pytest.mark.parametrize(
-    "other", [MUON, with_settings(ADAM, widths=(4, 8)), SKIPPING], ids=["optimiser", "network", "losses"]
-)
+@pytest.mark.parametrize("other", [MUON, with_settings(ADAM, widths=(4, 8))], ids=["optimiser", "network"])
 def test_the_state_of_another_training_is_refused(other):
     state = train(ADAM, 3)
     with pytest.raises(UserError, match="does not fit the run's recipe"):

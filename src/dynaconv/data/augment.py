@@ -6,7 +6,6 @@ with those of kornia's functions.
 """
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, fields
 
 import torch
@@ -44,11 +43,6 @@ class Draws:
     def at(self, indices: torch.Tensor) -> "Draws":
         """Returns the parameters of the images at `indices`, (M,) int64."""
         return Draws(**{f.name: getattr(self, f.name)[indices] for f in fields(self)})
-
-    @classmethod
-    def join(cls, parts: Sequence["Draws"]) -> "Draws":
-        """Returns the parameters of all images of the parts, one part after the other."""
-        return cls(**{f.name: torch.cat([getattr(part, f.name) for part in parts]) for f in fields(cls)})
 
     def to(self, device: torch.device) -> "Draws":
         """Returns the same parameters on `device`."""

@@ -6,13 +6,9 @@ from dataclasses import replace
 import torch
 from torch.nn import functional
 
-from dynaconv.data.augment import Draws, augment, draw, normalize, to_tensor
-from dynaconv.data.emphasis import Emphasis
+from dynaconv.data.augment import augment, draw, normalize, to_tensor
 from dynaconv.data.images import ImageSet
 from dynaconv.recipe import AugmentSettings
-
-LAST_SKIPPING = 0.85
-"""Share of the epochs that may skip easy images. The last ones see all: the rates are low, and every image counts."""
 
 
 class Batches:
@@ -24,9 +20,6 @@ class Batches:
     training cannot work on one value.
 
     With `sizes`, the pass of every epoch is scaled to the side at its place among them.
-
-    With `skip_easy`, hard images take the place of easy ones (see `Emphasis`), and a batch has a third part: the places
-    of its images, (B,) int64, for the losses that this goes by. Whoever trains has to tell them to `emphasis`.
 
     Example:
         >>> images = ImageSet(torch.zeros(7, 1, 8, 8, dtype=torch.uint8), torch.arange(7), tuple("abcdefg"), "zeros")
@@ -41,12 +34,10 @@ class Batches:
         settings: AugmentSettings,
         seed: int | None = None,
         sizes: Sequence[int] = (),
-        skip_easy: float = 0.0,
     ) -> None:
         """Prepares batches of `batch_size` images (at least 1); a `seed` makes them training batches.
 
         `sizes` holds a side in pixels for every epoch; it needs a seed. Empty keeps the images' own side.
-        `skip_easy` is a chance of 0 to below 1; it needs sizes, as the last epochs skip nothing.
         """
         self.images = images
         self.batch_size = batch_size
@@ -54,47 +45,32 @@ class Batches:
         self.seed = seed
         self.sizes = sizes
         self.epoch = 0
-        self.emphasis = Emphasis(len(images), skip_easy, images.images.device) if skip_easy else None
 
     def __len__(self) -> int:
         """Number of batches in a pass."""
         return len(self._sizes())
 
-    def __iter__(self) -> Iterator[tuple[torch.Tensor, ...]]:
+    def __iter__(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """Starts a pass; with a seed, the next epoch."""
         device = self.images.images.device
         side = self.images.images.shape[-1]
         if self.seed is None:
             order, draws = torch.arange(len(self.images)), None
         else:
-            order, draws = self._draw(self.seed)
+            generator = epoch_generator(self.seed, self.epoch)
+            order = torch.randperm(len(self.images), generator=generator)
+            draws = draw(self.settings, len(self.images), generator)
+            if self.settings.alternate_flip:
+                first = draw(self.settings, len(self.images), epoch_generator(self.seed, -1)).mirror
+                draws = replace(draws, mirror=first if self.epoch % 2 == 0 else -first)
+            draws = draws.to(device)
             side = self.sizes[self.epoch] if self.sizes else side
             self.epoch += 1
-        order = order.to(device)
-        for places in torch.arange(len(order), device=device).split(self._sizes()):
-            indices = order[places]
+        for indices in order.to(device).split(self._sizes()):
             batch = to_tensor(self.images.images[indices])
             if draws is not None:
-                batch = augment(batch, self.settings, draws.at(places))
-            batch = _scale(normalize(batch, self.settings), side)
-            labels = self.images.labels[indices]
-            yield (batch, labels) if self.emphasis is None else (batch, labels, indices)
-
-    def _draw(self, seed: int) -> tuple[torch.Tensor, Draws]:
-        """Returns the order of the images in this epoch, and how each is augmented, in this order."""
-        generator = epoch_generator(seed, self.epoch)
-        if self.emphasis is None:
-            passes = [torch.randperm(len(self.images), generator=generator)]
-        else:
-            passes = self.emphasis.draw(generator, self.epoch < LAST_SKIPPING * len(self.sizes))
-        order = torch.cat(passes)
-        draws = Draws.join([draw(self.settings, len(self.images), generator).at(part) for part in passes])
-        if self.settings.alternate_flip:
-            # By turns from epoch to epoch, and within one if an image comes more than once.
-            turns = torch.cat([torch.full((len(part),), self.epoch + number) for number, part in enumerate(passes)])
-            first = draw(self.settings, len(self.images), epoch_generator(seed, -1)).mirror[order]
-            draws = replace(draws, mirror=torch.where(turns % 2 == 0, first, -first))
-        return order, draws.to(self.images.images.device)
+                batch = augment(batch, self.settings, draws.at(indices))
+            yield _scale(normalize(batch, self.settings), side), self.images.labels[indices]
 
     def _sizes(self) -> list[int]:
         full, rest = divmod(len(self.images), self.batch_size)

@@ -10,15 +10,12 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import nn
 
-from dynaconv.data.emphasis import Emphasis
 from dynaconv.recipe import Recipe
 from dynaconv.training.loop import Batch, DivergedError, EpochState, Parts, Sums, training_epoch, validation_epoch
 from dynaconv.training.optim import Schedule, build_optimizer
 from dynaconv.training.replay import as_trained
 from dynaconv.training.state import State, number, put_back, take_state, unfit, whole_number
 
-EMPHASIS = "emphasis/"
-"""Before the names of the losses that an emphasis goes by, in a state."""
 GOOD = "good/"
 """Before the names of the state at the start of an epoch, in that of a later moment."""
 
@@ -41,14 +38,6 @@ class Counted(Protocol):
 
     epoch: int
     """Passes that were begun; set before each, so that a training may begin anywhere, and twice."""
-
-
-@runtime_checkable
-class Emphasized(Protocol):
-    """Passes whose images depend on the losses that they had before."""
-
-    emphasis: Emphasis | None
-    """What decides on the images of a pass by their losses; None if nothing does."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -154,11 +143,10 @@ class _Training:
         self.number = 1
         self.rollbacks, self.rollbacks_of_epoch = 0, 0
         self.good: State | None = None  # at the start of this epoch, where the training may have to go back there
-        self.emphasis = batches.emphasis if isinstance(batches, Emphasized) else None
         self._begin_epoch()
 
     def _begin_epoch(self) -> None:
-        self.state = EpochState(Sums(self.device), parts=self.parts, emphasis=self.emphasis)
+        self.state = EpochState(Sums(self.device), parts=self.parts)
         self.rate = self.optimizer.param_groups[-1]["lr"]
         self.earlier = 0.0  # seconds of this epoch before a stop
 
@@ -168,12 +156,8 @@ class _Training:
             self.good = self._take_alone()
         if isinstance(self.batches, Counted):
             self.batches.epoch = self.number - 1
-        if self.emphasis is not None and not self.state.updates:
-            self.emphasis.begin_epoch()
         self.state.after_update = lambda: keep(self.take)
-        smoothed = nn.CrossEntropyLoss(
-            label_smoothing=self.recipe.optim.label_smoothing, reduction="mean" if self.emphasis is None else "none"
-        )
+        smoothed = nn.CrossEntropyLoss(label_smoothing=self.recipe.optim.label_smoothing)
         training = training_epoch(
             self.passes,
             self.batches,
@@ -236,10 +220,7 @@ class _Training:
             "rollbacks": [self.rollbacks, self.rollbacks_of_epoch],
             "history": [dataclasses.asdict(epoch) for epoch in self.history],
         }
-        state = take_state(self.model, self.optimizer, self.schedule, progress)
-        if self.emphasis is not None:
-            state.tensors.update({f"{EMPHASIS}{name}": losses for name, losses in self.emphasis.state().items()})
-        return state
+        return take_state(self.model, self.optimizer, self.schedule, progress)
 
     def go_on_from(self, begin: State) -> None:
         good = {name.removeprefix(GOOD): t for name, t in begin.tensors.items() if name.startswith(GOOD)}
@@ -249,8 +230,6 @@ class _Training:
     def _go_to(self, begin: State) -> None:
         put_back(begin, self.model, self.optimizer, self.schedule)
         try:
-            if self.emphasis is not None:
-                self.emphasis.put_back({name: begin.tensors[f"{EMPHASIS}{name}"] for name in self.emphasis.state()})
             self._read(begin.facts)
         except (KeyError, ValueError, TypeError) as error:
             raise unfit(error) from error

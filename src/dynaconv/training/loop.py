@@ -9,11 +9,10 @@ from typing import NamedTuple
 import torch
 from torch import nn
 
-from dynaconv.data.emphasis import Emphasis
 from dynaconv.errors import WorkError
 
-Batch = tuple[torch.Tensor, ...]
-"""(images, labels): (B, C, H, W) float and (B,) int64; or these and (B,) int64, the images' places in their set."""
+Batch = tuple[torch.Tensor, torch.Tensor]
+"""(images, labels): (B, C, H, W) float and (B,) int64."""
 
 
 class Average(NamedTuple):
@@ -39,16 +38,13 @@ class Sums:
 
     def __init__(self, device: torch.device) -> None:
         self.loss = torch.zeros((), dtype=torch.float64 if device.type != "mps" else torch.float32, device=device)
-        self.correct = torch.zeros_like(self.loss)
+        self.correct = torch.zeros((), dtype=torch.int64, device=device)
         self.images = 0
 
-    def add(
-        self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor, weights: torch.Tensor | None = None
-    ) -> None:
-        """Adds a batch: its mean loss, (B, classes) logits, (B,) labels, and how much each image counts, if not one."""
+    def add(self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
+        """Adds a batch: its mean loss, (B, classes) logits and (B,) labels."""
         self.loss += loss.detach() * len(labels)
-        right = logits.detach().argmax(1) == labels
-        self.correct += right.sum() if weights is None else (right * weights).sum() / weights.mean()
+        self.correct += (logits.detach().argmax(1) == labels).sum()
         self.images += len(labels)
 
     def merge(self, other: "Sums") -> None:
@@ -64,7 +60,7 @@ class Sums:
     def put_back(self, figures: dict[str, float]) -> None:
         """Makes these sums those that `figures` were taken from."""
         self.loss.fill_(figures["loss"])
-        self.correct.fill_(figures["correct"])
+        self.correct.fill_(int(figures["correct"]))
         self.images = int(figures["images"])
 
     def average(self) -> Average:
@@ -86,14 +82,14 @@ class Parts:
     def cut(self, window: list[Batch]) -> list[Batch]:
         """Returns the batches, each in parts of two images at least that differ by one at most."""
         cut: list[Batch] = []
-        for batch in window:
-            count = max(1, min(self.count, len(batch[0]) // 2))
-            cut += zip(*(part.tensor_split(count) for part in batch), strict=True)
+        for images, labels in window:
+            count = max(1, min(self.count, len(labels) // 2))
+            cut += zip(images.tensor_split(count), labels.tensor_split(count), strict=True)
         return cut
 
     def double(self, window: list[Batch]) -> None:
         """Cuts finer from now on; raises WorkError where that would leave less than two images."""
-        if max(len(batch[0]) for batch in window) < 4 * self.count:
+        if max(len(labels) for _, labels in window) < 4 * self.count:
             raise WorkError("Out of memory even with a few images at a time; take a smaller network or smaller images.")
         self.count *= 2
         self.say(f"Out of memory: each batch goes in {self.count} parts from here on, its gradients added up.")
@@ -111,8 +107,6 @@ class EpochState:
     """Doubled when memory runs out; the update stays that of whole batches, though batch norm sees the parts."""
     after_update: Callable[[], None] = lambda: None
     """Called after every update."""
-    emphasis: Emphasis | None = None
-    """Told the loss of every image, where the batches have the images' places; weighs those losses."""
 
 
 def training_epoch(
@@ -133,7 +127,7 @@ def training_epoch(
     Args:
         model: Maps (B, C, H, W) to (B, classes) logits; left in training mode.
         batches: Pairs of images and labels, on any device.
-        criterion: Mean loss of (logits, labels) over the batch, a scalar; with an emphasis, that of each image.
+        criterion: Mean loss of (logits, labels) over the batch, a scalar.
         optimizer: Over the model's parameters.
         device: Where the model is.
         accumulation_steps: Batches per update, at least 1.
@@ -151,7 +145,7 @@ def training_epoch(
     # Reading the loss makes an accelerator wait, so it is read seldom there; on a CPU it costs nothing.
     updates_between_checks = 1 if device.type == "cpu" else 64
     for window in islice(_windows(batches, accumulation_steps), state.updates, None):
-        while not _fill_gradients(model, state.parts.cut(window), criterion, optimizer, device, state):
+        while not _fill_gradients(model, state.parts.cut(window), criterion, optimizer, device, state.sums):
             state.parts.double(window)
         state.updates += 1
         if state.updates % updates_between_checks == 0:
@@ -180,27 +174,25 @@ def _fill_gradients(
     criterion: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
     optimizer: torch.optim.Optimizer,
     device: torch.device,
-    state: EpochState,
+    sums: Sums,
 ) -> bool:
     """Leaves the gradient of the mean loss over the window in the parameters; returns False where memory ran out."""
-    images_in_all = sum(len(batch[0]) for batch in window)
+    images_in_all = sum(len(labels) for _, labels in window)
     optimizer.zero_grad(set_to_none=True)
     window_sums = Sums(device)
     try:
-        for images, labels, *places in window:
-            labels, weights = labels.to(device, non_blocking=True), None
+        for images, labels in window:
+            labels = labels.to(device, non_blocking=True)
             logits = model(images.to(device, non_blocking=True))
             loss = criterion(logits, labels)
-            if state.emphasis is not None:
-                loss, weights = state.emphasis.weigh(loss, *places)
             (loss * (len(labels) / images_in_all)).backward()
-            window_sums.add(loss, logits, labels, weights)
+            window_sums.add(loss, logits, labels)
     except (RuntimeError, MemoryError) as error:
         if not _is_out_of_memory(error):
             raise
         # What the failed step held is freed when this function has returned, and with it the traceback.
         return False
-    state.sums.merge(window_sums)
+    sums.merge(window_sums)
     return True
 
 
@@ -222,7 +214,7 @@ def validation_epoch(
     """
     model.eval()
     sums = Sums(device)
-    for images, labels, *_ in batches:
+    for images, labels in batches:
         labels = labels.to(device, non_blocking=True)
         logits = model(images.to(device, non_blocking=True))
         sums.add(criterion(logits, labels), logits, labels)

@@ -29,8 +29,8 @@ class Muon(torch.optim.Optimizer):
     update, however wide the layer. Without that, the mixing weights run away in the first updates (docs/log.md).
 
     Source: Jordan et al., "Muon: An optimizer for hidden layers in neural networks" (2024), as in airbench94_muon.
-    Cost: two products of the matrix with squares of its smaller side, and eight of such squares with each other, once
-    per update and not per image.
+    Cost: two large products, of the matrix with itself and with a square of its smaller side, and nine of such squares
+    with each other; once per update and not per image.
     """
 
     def __init__(
@@ -156,13 +156,13 @@ def orthogonalize(matrices: torch.Tensor, iterations: int = 3) -> torch.Tensor:
     first, third, fifth = QUINTIC
     with torch.autocast(device, enabled=False):
         gram = (start @ start.mT).to(matrices.dtype)
-        polynomial = torch.eye(gram.shape[-1], dtype=gram.dtype, device=gram.device).expand_as(gram)
+        polynomial = None
         for left in reversed(range(iterations)):
             factor = torch.baddbmm(gram, gram, gram, beta=third, alpha=fifth)
             factor.diagonal(dim1=1, dim2=2).add_(first)
-            polynomial = factor @ polynomial
+            polynomial = factor if polynomial is None else factor @ polynomial
             gram = factor @ gram @ factor if left else gram
-        result = polynomial.to(precision) @ start
+        result = start if polynomial is None else polynomial.to(precision) @ start
     return (result.mT if tall else result).to(matrices.dtype)
 
 

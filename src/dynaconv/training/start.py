@@ -86,5 +86,4 @@ def build_model(recipe: Recipe, images: ImageSet, device: torch.device) -> Netwo
 def training_batches(recipe: Recipe, images: ImageSet) -> Batches:
     """Returns the batches that the recipe trains on: shuffled, augmented, scaled as each epoch wants it."""
     sizes = sizes_of_epochs(recipe, recipe.train.epochs, images.images.shape[-1])
-    train = recipe.train
-    return Batches(images, train.batch_size, recipe.augment, train.seed, sizes, train.skip_easy)
+    return Batches(images, recipe.train.batch_size, recipe.augment, recipe.train.seed, sizes)

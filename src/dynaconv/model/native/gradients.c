@@ -269,7 +269,7 @@ int dynaconv_mix_gradients(const bf16 *x, const bf16 *dy, const uint8_t *places,
     int64_t panels = (outputs + PANEL * LANES - 1) / (PANEL * LANES), space = F * slots * channels * outputs;
     // Threads take chunks of their own, into sums of their own, which are added up afterwards; where those would be
     // larger than the caches, all threads share each chunk, and each takes some of the only sums.
-    int64_t teams = space * 4 < MOST_SUMS ? threads : 1, members = threads / teams;
+    int64_t teams = space * 4 < MOST_SUMS ? threads : 1, there = 1;
     Plan p = plan(s, F * 2 * (channels + outputs), space * 4, (int)teams);
     int64_t across = (p.tiles_across + 1) / 2, most_places = p.rows_at_once * across;
     int64_t tile_step = most_places * channels + 16, product_step = most_places * outputs + 16;
@@ -281,6 +281,12 @@ int dynaconv_mix_gradients(const bf16 *x, const bf16 *dy, const uint8_t *places,
     if (!failed) {
 #pragma omp parallel num_threads(threads)
         {
+#pragma omp single
+            {
+                there = omp_get_num_threads();  // which may be fewer than were asked for
+                teams = least(teams, there);
+            }
+            int64_t members = teams > 1 ? 1 : there;
             int64_t team = omp_get_thread_num() / members, member = omp_get_thread_num() % members, chunk = team;
             uint32_t *tiles = maps + team * F * (tile_step + product_step), *products = tiles + F * tile_step;
             float *sums = spaces + team * space, *share = all_shares + omp_get_thread_num() * shares * LANES;
