@@ -26,6 +26,7 @@ CASES = [
     (4, 20, 90, 16, 16, (5, 3)),
     (1, 64, 64, 3, 2, (3, 3, 1)),
     (2, 1, 1, 2, 2, (3,)),
+    (5, 256, 208, 5, 4, (3, 3, 3)),  # gradients so large that threads share them
 ]
 
 
@@ -358,3 +359,17 @@ def test_no_working_space_is_an_error_of_memory(tmp_path):
 def test_the_sources_are_part_of_the_package():
     here = Path(native.__file__).parent
     assert {path.name for path in here.iterdir() if path.suffix in (".c", ".h")} == {*native.SOURCES, *native.HEADERS}
+
+
+@needs_library
+@pytest.mark.parametrize("case", [CASES[4], CASES[-1]], ids=str)
+def test_fewer_threads_than_were_asked_for_compute_the_same(case):
+    """OpenMP gives as many as it has: under a limit, or where a program's other threads have them."""
+    code = (
+        "import sys, torch; sys.path.insert(0, sys.argv[1]); from test_compiled import *; torch.set_num_threads(3)\n"
+        f"*case, _ = make_case(*{case!r})\n"
+        "assert_near(gradients(mix_compiled, case), gradients(literal, case, precise=True))"
+    )
+    here = str(Path(__file__).parent)
+    environment = {**os.environ, "OMP_THREAD_LIMIT": "1", "OMP_NUM_THREADS": "3"}
+    subprocess.run([sys.executable, "-c", code, here], env=environment, check=True)
