@@ -25,8 +25,8 @@ def fast92() -> Recipe:
     """A network that learns in few epochs: whitening stem, Muon, growing images, two kernel sizes in the smallest maps.
 
     Command: dynaconv train fast92 --data cifar10
-    Cost: 14 minutes on two cores with bfloat16, 1.7 GB of memory.
-    Result on CIFAR-10: 92.49% of the test images, 93.17% by six views, a tenth held out for validation,
+    Cost: 10 minutes on two cores with bfloat16, 2.2 GB of memory.
+    Result on CIFAR-10: 92.39% of the test images, 92.79% by six views, a tenth held out for validation,
     1 seed (benchmarks/results/fast92.json); with the settings of before, all images used, on an H100, 92.42% in the
     mean of 5 seeds.
     """
@@ -66,15 +66,27 @@ def fast92() -> Recipe:
 
 
 def fast94() -> Recipe:
-    """The network of fast92, trained for longer with Cutout, judged by six views of each image.
+    """A cheaper network on larger images, trained for longer with Cutout, judged by six views of each image.
 
     Command: dynaconv train fast94 --data cifar10
-    Cost: 27 minutes on two cores with bfloat16, 1.5 GB of memory; 9 seconds on an H100.
+    Cost: 27 minutes on two cores with bfloat16, 1.5 GB of memory.
     Result on CIFAR-10: 93.02% of the test images, 93.95% by six views, a tenth held out for validation,
-    1 seed (benchmarks/results/fast94.json); with the settings of before, all images used, on an H100,
-    93.73% by six views in the mean of 5 seeds. It misses the 94% that it is named for.
+    1 seed (benchmarks/results/fast94.json); with the settings of before, on an H100, 93.73% by six
+    views in the mean of 5 seeds. It misses the 94% that it is named for.
     """
-    return with_settings(replace(fast92(), name="fast94"), cutout=0.25, epochs=16, views="six")
+    # Chosen on validation before fast92 got its network, which has not been validated at this length (docs/log.md).
+    return with_settings(
+        replace(fast92(), name="fast94"),
+        widths=(64, 128, 256, 256, 256, 256),
+        num_convolutions=(1, 1, 1, 1, 2, 2),
+        pool_after=(1, 2, 4),
+        cutout=0.25,
+        kernel_learning_rate=0.12,
+        epochs=18,
+        batch_size=500,
+        train_scales=(0.75, 1.0, 1.0),
+        views="six",
+    )
 
 
 def fast96() -> Recipe:
@@ -105,7 +117,7 @@ DEFAULT = "fast92"
 """The recipe of `dynaconv train` without a name."""
 
 REACHED: dict[str, dict[int, float]] = {
-    "fast92": {12: 0.9224, 15: 0.9224},
+    "fast92": {9: 0.9202},
     "fast94": {18: 0.9264},
 }
 """Share of the CIFAR-10 validation images, one view, by recipe and epochs: benchmarks/results/frontier.json."""
@@ -120,8 +132,8 @@ def expected_accuracy(recipe: Recipe) -> str | None:
         A sentence; None for other data, other settings than those of a named recipe, or one that was not measured.
 
     Example:
-        >>> expected_accuracy(with_settings(fast92(), source="cifar10", epochs=12))
-        'fast92 reached 92.2% of the CIFAR-10 validation images in 12 epochs.'
+        >>> expected_accuracy(with_settings(fast92(), source="cifar10", epochs=9))
+        'fast92 reached 92.0% of the CIFAR-10 validation images in 9 epochs.'
     """
     reached = REACHED.get(recipe.name)
     if reached is None or not _is_as_named(recipe):
