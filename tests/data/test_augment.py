@@ -6,7 +6,19 @@ import kornia
 import pytest
 import torch
 
-from dynaconv.data.augment import Draws, affine, augment, cut_out, draw, normalize, to_grey, to_tensor, turn_hue
+from dynaconv.data.augment import (
+    PADDING,
+    Draws,
+    affine,
+    augment,
+    cut_out,
+    draw,
+    normalize,
+    shift,
+    to_grey,
+    to_tensor,
+    turn_hue,
+)
 from dynaconv.recipe import AugmentSettings, Recipe, with_settings
 
 COUNT = 16
@@ -80,7 +92,7 @@ def test_same_generator_state_gives_the_same_draws():
     assert not torch.equal(first.angle, other.angle)
 
 
-def shift(right, down=0.0):
+def shifting(right, down=0.0):
     """Draws for one image that only shift it, by shares of its sides."""
     nothing = dict.fromkeys(("angle", "hue", "cut_x", "cut_y"), torch.zeros(1))
     factors = dict.fromkeys(("scale", "brightness", "contrast", "saturation", "mirror"), torch.ones(1))
@@ -90,7 +102,7 @@ def shift(right, down=0.0):
 def test_affine_shifts_to_the_right_and_down():
     image = torch.zeros(1, 1, 8, 8)
     image[0, 0, 2, 3] = 1
-    moved = affine(image, shift(2 / 8, 3 / 8), "bicubic", "black")
+    moved = affine(image, shifting(2 / 8, 3 / 8), "bicubic", "black")
     assert moved[0, 0, 5, 5].item() == pytest.approx(1, abs=1e-5)
     assert moved.sum().item() == pytest.approx(1, abs=1e-4)
 
@@ -98,7 +110,7 @@ def test_affine_shifts_to_the_right_and_down():
 def test_affine_reads_pixels_and_fills_the_outside_as_asked():
     ramp = torch.arange(1.0, 9.0).div(8).expand(1, 1, 8, 8)  # columns of 1/8, 2/8 .. 1
     first_columns = {
-        fill: (affine(ramp, shift(2 / 8), "nearest", fill)[0, 0, 4, :3] * 8).round().tolist()
+        fill: (affine(ramp, shifting(2 / 8), "nearest", fill)[0, 0, 4, :3] * 8).round().tolist()
         for fill in ("black", "border", "reflection")
     }
     assert first_columns == {"black": [0, 0, 1], "border": [1, 1, 1], "reflection": [2, 1, 1]}
@@ -106,12 +118,30 @@ def test_affine_reads_pixels_and_fills_the_outside_as_asked():
 
 def test_bicubic_keeps_more_detail_than_bilinear_and_stays_in_range():
     stripes = torch.tensor([0.1, 0.1, 0.9, 0.9] * 4).expand(1, 1, 16, 16)
-    half_a_pixel = shift(0.5 / 16)
+    half_a_pixel = shifting(0.5 / 16)
     linear, cubic = (affine(stripes, half_a_pixel, kind, "reflection") for kind in ("bilinear", "bicubic"))
     assert cubic.diff(dim=3).square().sum() > 1.2 * linear.diff(dim=3).square().sum()
     sharp = torch.tensor([0.0, 0.0, 1.0, 1.0] * 4).expand(1, 1, 16, 16)
     assert affine(sharp, half_a_pixel, "bicubic", "reflection").min() >= 0
     assert affine(sharp, half_a_pixel, "bicubic", "reflection").max() <= 1
+
+
+@pytest.mark.parametrize("fill", PADDING)
+def test_a_shift_by_whole_pixels_is_the_affine_map_of_the_nearest_pixels(images, fill):
+    settings = dataclasses.replace(OFF, translate=0.4, flip=0.5, fill=fill, interpolation="nearest")
+    draws = draws_of(settings)
+    moved = augment(images, settings, draws)
+    assert torch.equal(moved, affine(images, draws, "nearest", fill))
+    assert torch.equal(moved, shift(images, draws, fill))
+    assert not torch.equal(moved, images)
+
+
+def test_a_shift_reads_the_mirror_image_however_far_it_goes():
+    row = torch.arange(3).view(1, 1, 1, 3)
+    assert shift(row, shifting(5 / 3)).flatten().tolist() == [1, 2, 2]  # from 0 [1 2 2] 1 0 | 0 1 2
+    assert shift(row, shifting(1 / 3), "border").flatten().tolist() == [0, 0, 1]
+    assert shift(row, shifting(1 / 3), "black").flatten().tolist() == [0, 0, 1]
+    assert shift(row + 7, shifting(-1 / 3), "black").flatten().tolist() == [8, 9, 0]
 
 
 def test_flip_swaps_left_and_right_of_the_share_asked_for(images):
@@ -180,7 +210,7 @@ def test_cutout_covers_one_square_inside_each_image_with_what_normalize_makes_ze
 
 @pytest.mark.parametrize(("place", "first"), [(0.0, 0), (0.9999, 6)])
 def test_cutout_reaches_both_edges_and_leaves_none(place, first):
-    draws = dataclasses.replace(shift(0.0), cut_x=torch.tensor([place]), cut_y=torch.tensor([place]))
+    draws = dataclasses.replace(shifting(0.0), cut_x=torch.tensor([place]), cut_y=torch.tensor([place]))
     covered = cut_out(torch.ones(1, 1, 8, 8), draws, 0.25, 0.0)[0, 0] == 0
     assert covered.nonzero().tolist() == [[row, column] for row in (first, first + 1) for column in (first, first + 1)]
 

@@ -96,8 +96,11 @@ def augment(images: torch.Tensor, settings: AugmentSettings, draws: Draws) -> to
     Returns:
         (N, C, H, W) float, 0 to 1.
     """
-    if any((settings.degrees, settings.translate, settings.scale_min != 1, settings.scale_max != 1, settings.flip)):
+    resamples = settings.interpolation != "nearest" and settings.translate
+    if any((settings.degrees, settings.scale_min != 1, settings.scale_max != 1, resamples)):
         images = affine(images, draws, settings.interpolation, settings.fill)
+    elif settings.translate or settings.flip:
+        images = shift(images, draws, settings.fill)
     if settings.brightness:
         images = (images * _per_image(draws.brightness)).clamp_(0, 1)
     if settings.contrast:
@@ -141,6 +144,41 @@ def affine(
     ).to(images.device)
     # A cubic overshoots at sharp edges.
     return sampled.clamp_(0, 1) if interpolation == "bicubic" else sampled
+
+
+def shift(images: torch.Tensor, draws: Draws, fill: str = "reflection") -> torch.Tensor:
+    """Mirrors, then shifts by whole pixels: what `affine` does without turn and zoom, in a tenth of its time.
+
+    Args:
+        images: (N, C, H, W), any dtype, on the device of `draws`.
+        draws: One set of parameters per image, of which `mirror`, `shift_x` and `shift_y` are used; shifts are rounded.
+        fill: What stands outside, as in AugmentSettings.
+
+    Returns:
+        (N, C, H, W): copies of the pixels.
+    """
+    height, width = images.shape[2:]
+    rows, columns = _sources(height, draws.shift_y), _sources(width, draws.shift_x)
+    columns = torch.where(draws.mirror[:, None] < 0, width - 1 - columns, columns)
+    inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
+    rows, columns = _brought_inside(rows, height, fill), _brought_inside(columns, width, fill)
+    places = (rows[:, :, None] * width + columns[:, None, :]).flatten(1)[:, None].expand(-1, images.shape[1], -1)
+    shifted = images.flatten(2).gather(2, places).unflatten(2, (height, width))
+    return shifted.masked_fill_(~inside[:, None], 0) if fill == "black" else shifted
+
+
+def _sources(length: int, shares: torch.Tensor) -> torch.Tensor:
+    """Returns where each place of an axis is read, (N, length) int64, after a shift by (N,) shares of its length."""
+    return torch.arange(length, device=shares.device) - (shares * length).round().long()[:, None]
+
+
+def _brought_inside(places: torch.Tensor, length: int, fill: str) -> torch.Tensor:
+    """Replaces places outside 0 to length - 1 by those that they repeat."""
+    if fill != "reflection":
+        return places.clamp(0, length - 1)
+    # The mirror stands at the edge of the last pixel, which is therefore seen twice, as with grid_sample.
+    around = places.remainder(2 * length)
+    return torch.minimum(around, 2 * length - 1 - around)
 
 
 def turn_hue(images: torch.Tensor, turns: torch.Tensor) -> torch.Tensor:
