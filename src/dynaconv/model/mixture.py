@@ -73,7 +73,7 @@ def mix_grouped(inputs: torch.Tensor, kernels: Sequence[torch.Tensor], weights: 
 
 
 def mix_patches(inputs: torch.Tensor, kernels: Sequence[torch.Tensor], weights: torch.Tensor) -> torch.Tensor:
-    """Mixes the kernels, lays the patch under each place out as a row, and multiplies: one product per image.
+    """Mixes the kernels, lays the patch under each place out as a column, and multiplies: one product per image.
 
     Arguments and result as in `mix_literally`; the result has its channels innermost in memory.
     Cost: one convolution plus N*K*O*C*R*R multiply-adds, and a copy of the input R*R times as large. Made for the
@@ -83,14 +83,17 @@ def mix_patches(inputs: torch.Tensor, kernels: Sequence[torch.Tensor], weights: 
     images, channels, height, width = inputs.shape
     stack = torch.stack(_same_size(kernels))
     outputs, side = stack.shape[1], stack.shape[-1]
-    # Rows and columns of the kernel outside, channels inside: the order in which the patches lie in memory.
+    # Rows and columns of the kernel outside, channels inside: the order of the planes that the patches are copied in,
+    # whole rows of a map at a time.
     by_place = stack.permute(0, 3, 4, 2, 1).flatten(1)
     mixed = (weights @ by_place).view(images, side * side * channels, outputs)
     margin = side // 2
-    padded = functional.pad(inputs.permute(0, 2, 3, 1), (0, 0, margin, margin, margin, margin)).contiguous()
-    patches = padded.unfold(1, side, 1).unfold(2, side, 1).permute(0, 1, 2, 4, 5, 3)
-    rows = patches.reshape(images, height * width, side * side * channels)
-    return torch.bmm(rows, mixed).view(images, height, width, outputs).permute(0, 3, 1, 2)
+    padded = functional.pad(inputs.to(mixed.dtype).contiguous(), [margin] * 4)
+    planes = [
+        padded[:, :, down : down + height, right : right + width] for down in range(side) for right in range(side)
+    ]
+    patches = torch.cat(planes, dim=1).flatten(2)
+    return torch.bmm(patches.mT, mixed).view(images, height, width, outputs).permute(0, 3, 1, 2)
 
 
 def mix_winograd(
@@ -135,8 +138,9 @@ def mix_compiled(
     """Mixes 3x3 kernels inside a convolution of our own, in bfloat16: see `compiled.mix`.
 
     Arguments and result as in `mix_literally`, `residual` and `pooled` as in `compiled.mix`. One 3x3 kernel among
-    others is convolved with, scaled and added to what they give; of several, every image gets its own mixture. Where
-    the machine has no such convolution, or the inputs are not bfloat16, this is the literal form.
+    others is convolved with, scaled and added to what they give; of several, or on maps that are large for their
+    channels, every image gets its own mixture, 1x1 kernels included. Where the machine has no such convolution, or the
+    inputs are not bfloat16, this is the literal form.
     Cost: that of `compiled.mix`, and a convolution for each kernel that it does not take.
     """
     threes = [k for k, kernel in enumerate(kernels) if kernel.shape[-1] == 3]
@@ -146,8 +150,10 @@ def mix_compiled(
             inputs, kernels, weights, None if residual is None else continue_channels(residual, outputs)
         )
         return functional.max_pool2d(literal, 2) if pooled else literal
-    # Between the transforms a 1x1 kernel costs as much as a 3x3 one: worth it if kernels are mixed there anyway.
-    taken = [k for k, kernel in enumerate(kernels) if kernel.shape[-1] in (1, 3)] if len(threes) > 1 else threes
+    # Between the transforms a 1x1 kernel costs as much as a 3x3 one: worth it if kernels are mixed there anyway, and
+    # where mixing them for each image is little beside what the mixture is then used for (docs/log.md).
+    together = len(threes) > 1 or 2 * inputs.shape[2] * inputs.shape[3] >= max(inputs.shape[1], outputs)
+    taken = [k for k, kernel in enumerate(kernels) if kernel.shape[-1] in (1, 3)] if together else threes
     others = [k for k in range(len(kernels)) if k not in taken]
     if others:
         start = None if residual is None else continue_channels(residual, outputs)
