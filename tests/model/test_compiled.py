@@ -200,6 +200,20 @@ def test_what_it_is_not_made_for_goes_elsewhere():
 
 
 @needs_library
+@pytest.mark.parametrize(
+    ("sides", "outputs", "images", "form"),
+    [
+        ((3, 1), 24, 4, "compiled"),
+        ((3, 1), 64, 4, "patches"),
+        ((1, 1), 24, 4, "patches"),
+        ((3, 1), 24, 1, "patches"),
+    ],
+)
+def test_images_go_through_it_where_a_block_is_narrow(sides, outputs, images, form):
+    assert choose_form(sides, outputs, torch.empty(images, 3, 32, 32, dtype=torch.bfloat16)) == form
+
+
+@needs_library
 def test_what_does_not_fit_is_refused_before_any_memory_is_touched():
     inputs, kernels, weights, another = make_case(4, 16, 24, 6, 6, (3, 1))
     for case in (
