@@ -1,8 +1,9 @@
 """Times the training step of a recipe as it is against the plain one: literal mixture, float32, nothing of the engine.
 
 Command: python benchmarks/train_speed.py [RECIPE ...]    (all recipes if none is named)
-Needs: DYNACONV_DATA. Takes: about five minutes a recipe. Each contender runs in processes of its own, in turn, since
-the allocator's settings cannot be taken back. A step is what training does: transforms, forward, backward, update.
+Needs: DYNACONV_DATA. Takes: three minutes for coursework, eight for fast92. Each contender runs in processes of its
+own, in turn, since the allocator's settings cannot be taken back. A step is what training does: transforms, forward,
+backward, update.
 """
 
 import json
@@ -26,8 +27,8 @@ from dynaconv.training.optim import build_optimizer
 from dynaconv.training.replay import as_trained
 from dynaconv.training.start import build_model, load_training_data
 
-ROUNDS = 3
-IMAGES = 3000
+ROUNDS = 5
+IMAGES = 6000
 """Trained on per size and round, behind two batches that warm up."""
 PEAK_SHAPES = ((64, 32), (128, 16), (256, 8), (256, 16))
 """(channels, side of the map) of the direct convolutions of which the fastest counts as this machine's peak."""

@@ -171,14 +171,12 @@ def test_a_run_that_exists_is_refused_before_any_work(finished, tmp_path):
     assert (run.path / "model.safetensors").read_bytes() == before
 
 
-def test_fewer_images_than_a_batch(tmp_path):
-    with pytest.raises(UserError) as error:
-        run_experiment(with_settings(SMALL, batch_size=2000), tmp_path / "run", lambda line: None)
-    assert str(error.value) == (
-        "--batch-size 2000 is more than the 1295 training images of digits, all but the test fifth; "
-        "set --batch-size 1295 or less, or add images."
-    )
-    assert not (tmp_path / "run").exists()
+def test_fewer_images_than_a_batch_go_in_four(tmp_path):
+    lines = []
+    result = run_experiment(with_settings(SMALL, batch_size=2000, epochs=1), tmp_path / "run", lines.append)
+    assert "1295 training images are less than --batch-size 2000: batches of 323 instead." in lines
+    assert RunDir.open(tmp_path / "run").read_recipe().train.batch_size == 323  # what a resumed run goes on with
+    assert 0 < result["train_accuracy"] < 1
 
 
 @pytest.mark.parametrize(("bad_epoch", "kept"), [(1, "The untrained weights"), (3, "The weights of epoch 2")])

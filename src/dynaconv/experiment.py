@@ -34,7 +34,7 @@ from dynaconv.training.keeping import Keeper
 from dynaconv.training.loop import DivergedError
 from dynaconv.training.machine import describe_machine, set_up_machine
 from dynaconv.training.proof import prove_repeat, prove_resume
-from dynaconv.training.start import TrainingData, build_model, load_training_data, training_batches
+from dynaconv.training.start import TrainingData, build_model, fit_batches, load_training_data, training_batches
 from dynaconv.training.state import State
 from dynaconv.training.tracked import Track, Tracked, untracked
 
@@ -76,7 +76,7 @@ def run_experiment(
     data = load_training_data(recipe, device, say)
     # Absolute, so that the stored recipe names the same from wherever it is trained again.
     without = recipe.data.without and str(Path(recipe.data.without).expanduser().resolve())
-    recipe = with_settings(recipe, source=data.source, without=without)
+    recipe = fit_batches(with_settings(recipe, source=data.source, without=without), len(data.train), say)
     if seen := glance(data.train):
         say(f"{seen} {data.source}.")
     clock = _Clock(started)
@@ -152,6 +152,7 @@ def check_training(recipe: Recipe, resume: bool, repeat: bool, say: Callable[[st
     """
     device, precision = set_up_machine(recipe, say)
     images = load_training_data(recipe, device, say).train
+    recipe = fit_batches(recipe, len(images), say)
     proved: dict[str, Any] = {}
     with computing_in(precision, device):
         for name, wanted, prove in (("resume", resume, prove_resume), ("repeat", repeat, prove_repeat)):

@@ -15,7 +15,7 @@ from dynaconv.data.sources import load_images, options_of, resolve
 from dynaconv.data.split import Split, split_stratified
 from dynaconv.errors import UserError
 from dynaconv.model.network import Network, build_network
-from dynaconv.recipe import Recipe, sizes_of_epochs
+from dynaconv.recipe import Recipe, sizes_of_epochs, with_settings
 
 STEM_IMAGES = 1000
 """Training images from which the stem is computed: a million patches for twelve numbers each."""
@@ -57,11 +57,8 @@ def load_training_data(recipe: Recipe, device: torch.device, say: Callable[[str]
         kept = split.train[~torch.isin(split.train, left_out)]
         say(f"Left out: {len(split.train) - len(kept)} of {len(split.train)} training images ({recipe.data.without}).")
         split = dataclasses.replace(split, train=kept)
-    if len(split.train) < recipe.train.batch_size:
-        raise UserError(
-            f"--batch-size {recipe.train.batch_size} is more than the {len(split.train)} training images of "
-            f"{images.description}; set --batch-size {max(2, len(split.train))} or less, or add images."
-        )
+    if len(split.train) < 2:
+        raise UserError(f"{images.description} leaves {len(split.train)} images to train on; add images.")
     return TrainingData(
         source=source,
         train=images.subset(split.train).to(device),
@@ -69,6 +66,18 @@ def load_training_data(recipe: Recipe, device: torch.device, say: Callable[[str]
         split=split,
         sha256=images.sha256(),
     )
+
+
+def fit_batches(recipe: Recipe, images: int, say: Callable[[str], None]) -> Recipe:
+    """Returns the recipe, with batches of a quarter of the images where one would hold more than all of them.
+
+    Recipes are made for tens of thousands of images. A single update an epoch would hardly train a network.
+    """
+    if images >= recipe.train.batch_size:
+        return recipe
+    smaller = max(2, images // 4)
+    say(f"{images} training images are less than --batch-size {recipe.train.batch_size}: batches of {smaller} instead.")
+    return with_settings(recipe, batch_size=smaller)
 
 
 def build_model(recipe: Recipe, images: ImageSet, device: torch.device) -> Network:
