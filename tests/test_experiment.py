@@ -12,6 +12,7 @@ from tensorboard.backend.event_processing.event_file_loader import EventFileLoad
 import dynaconv.experiment
 import dynaconv.training.start
 from dynaconv.cli import main
+from dynaconv.data.images import ImageSet
 from dynaconv.data.sources import options_of
 from dynaconv.errors import UserError, WorkError
 from dynaconv.experiment import run_experiment
@@ -19,6 +20,7 @@ from dynaconv.model.network import build_network
 from dynaconv.recipe import Recipe, with_settings
 from dynaconv.reporting.events import EventWriter
 from dynaconv.rundir import RunDir
+from dynaconv.training.start import fit_batches, training_batches
 
 SMALL = with_settings(
     Recipe(name="small"),
@@ -173,10 +175,30 @@ def test_a_run_that_exists_is_refused_before_any_work(finished, tmp_path):
 
 def test_fewer_images_than_a_batch_go_in_four(tmp_path):
     lines = []
-    result = run_experiment(with_settings(SMALL, batch_size=2000, epochs=1), tmp_path / "run", lines.append)
-    assert "1295 training images are less than --batch-size 2000: batches of 323 instead." in lines
-    assert RunDir.open(tmp_path / "run").read_recipe().train.batch_size == 323  # what a resumed run goes on with
-    assert 0 < result["train_accuracy"] < 1
+    settings = with_settings(SMALL, batch_size=2000, accumulation_steps=3, epochs=1)
+    run_experiment(settings, tmp_path / "run", lines.append)
+    assert "1295 training images are fewer than --batch-size 2000: batches of 324 instead." in lines
+    train = RunDir.open(tmp_path / "run").read_recipe().train  # what a resumed run goes on with
+    assert (train.batch_size, train.accumulation_steps) == (324, 1)
+
+
+@pytest.mark.parametrize(("images", "batches"), [(2, [2]), (3, [3]), (5, [2, 3]), (999, [250, 250, 250, 249])])
+def test_few_images_go_in_batches_that_batch_norm_can_work_on(images, batches):
+    recipe = fit_batches(with_settings(SMALL, batch_size=1000), images, lambda line: None)
+    pixels = torch.zeros(images, 1, 8, 8, dtype=torch.uint8)
+    some = ImageSet(pixels, torch.zeros(images, dtype=torch.int64), ("zero",), "zeros")
+    assert [len(labels) for _, labels in training_batches(recipe, some)] == batches
+
+
+def test_as_many_images_as_a_batch_are_one():
+    assert fit_batches(SMALL, SMALL.train.batch_size, pytest.fail) is SMALL
+
+
+def test_nothing_left_to_train_on(tmp_path):
+    everything = tmp_path / "all.csv"
+    everything.write_text("index\n" + "".join(f"{place}\n" for place in range(1438)))
+    with pytest.raises(UserError, match="0 images are left to train on, two are the least"):
+        run_experiment(with_settings(SMALL, without=str(everything)), tmp_path / "run", lambda line: None)
 
 
 @pytest.mark.parametrize(("bad_epoch", "kept"), [(1, "The untrained weights"), (3, "The weights of epoch 2")])

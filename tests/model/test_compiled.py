@@ -26,6 +26,7 @@ CASES = [
     (4, 20, 90, 16, 16, (5, 3)),
     (1, 64, 64, 3, 2, (3, 3, 1)),
     (2, 1, 1, 2, 2, (3,)),
+    (4, 3, 24, 9, 8, (3, 1, 3, 1)),
     (6, 96, 64, 4, 4, (3, 1)),  # small maps, of which the 1x1 kernel is left to torch
     (5, 256, 208, 5, 4, (3, 3, 3)),  # gradients so large that threads share them
 ]
@@ -93,16 +94,23 @@ def test_as_the_literal_form_in_double_precision(case, residual):
 
 @needs_library
 @pytest.mark.parametrize(
-    ("channels", "side", "sides", "taken"),
-    [(48, 8, (3, 1), [3, 1]), (48, 4, (3, 1), [3]), (48, 4, (3, 1, 3), [3, 1, 3]), (48, 8, (5, 3), [3])],
+    ("channels", "outputs", "side", "sides", "taken"),
+    [
+        (48, 48, 8, (3, 1), [3, 1]),
+        (32, 32, 4, (3, 1), [3, 1]),
+        (33, 16, 4, (3, 1), [3]),
+        (16, 33, 4, (3, 1), [3]),
+        (48, 48, 4, (3, 1, 3), [3, 1, 3]),
+        (48, 48, 8, (5, 3), [3]),
+    ],
 )
-def test_a_1x1_kernel_is_mixed_in_where_the_map_is_large_for_its_channels(monkeypatch, channels, side, sides, taken):
+def test_a_1x1_kernel_is_mixed_in_on_maps_large_for_their_channels(monkeypatch, channels, outputs, side, sides, taken):
     seen = []
     real = compiled.mix
     monkeypatch.setattr(
         compiled, "mix", lambda *given: seen.extend(kernel.shape[-1] for kernel in given[1]) or real(*given)
     )
-    inputs, kernels, weights, _ = make_case(2, channels, channels, side, side, sides)
+    inputs, kernels, weights, _ = make_case(2, channels, outputs, side, side, sides)
     with torch.autocast("cpu", torch.bfloat16):
         mix_compiled(inputs, kernels, weights, inputs)
     assert seen == taken
@@ -206,6 +214,7 @@ def test_what_it_is_not_made_for_goes_elsewhere():
         ((3, 1), 24, 4, "compiled"),
         ((3, 1), 64, 4, "patches"),
         ((1, 1), 24, 4, "patches"),
+        ((5, 3), 24, 4, "patches"),
         ((3, 1), 24, 1, "patches"),
     ],
 )

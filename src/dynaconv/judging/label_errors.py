@@ -18,9 +18,9 @@ from dynaconv.data.images import ImageSet
 from dynaconv.errors import UserError
 from dynaconv.files import writing_whole
 from dynaconv.judging.evaluate import evaluate
-from dynaconv.recipe import Recipe, with_settings
+from dynaconv.recipe import Recipe
 from dynaconv.training.fit import fit
-from dynaconv.training.start import build_model, training_batches
+from dynaconv.training.start import build_model, fit_batches, training_batches
 
 COLUMNS = ("index", "label", "predicted", "margin", "probability_of_label", "probability_of_predicted", "data")
 """Columns of the CSV. `data` holds the first digits of the hash of the images that `index` counts in."""
@@ -97,7 +97,7 @@ def judge_out_of_fold(
     for fold in range(folds):
         others = images.subset((fold_of != fold).nonzero().flatten()).to(device)
         inside = (fold_of == fold).nonzero().flatten()
-        one = with_settings(recipe, batch_size=min(recipe.train.batch_size, len(others)))
+        one = fit_batches(recipe, len(others), say if fold == 0 else lambda line: None)
         model = build_model(one, others, device)
         history = fit(model, training_batches(one, others), [], one, device, say=say)
         judged = evaluate(model, images.subset(inside).to(device), one, "mirror" if one.augment.flip else "one")

@@ -138,9 +138,9 @@ def mix_compiled(
     """Mixes 3x3 kernels inside a convolution of our own, in bfloat16: see `compiled.mix`.
 
     Arguments and result as in `mix_literally`, `residual` and `pooled` as in `compiled.mix`. One 3x3 kernel among
-    others is convolved with, scaled and added to what they give; of several, or on maps that are large for their
-    channels, every image gets its own mixture, 1x1 kernels included. Where the machine has no such convolution, or the
-    inputs are not bfloat16, this is the literal form.
+    others is convolved with, scaled and added to what they give; of several, or with 1x1 kernels on maps that are large
+    for their channels, every image gets its own mixture, 1x1 kernels included. Where the machine has no such
+    convolution, or the inputs are not bfloat16, this is the literal form.
     Cost: that of `compiled.mix`, and a convolution for each kernel that it does not take.
     """
     threes = [k for k, kernel in enumerate(kernels) if kernel.shape[-1] == 3]
@@ -187,12 +187,13 @@ def choose_form(kernel_sizes: Sequence[int], outputs: int, inputs: torch.Tensor)
     convolution and the mixing of the kernels, which weighs the more, the fewer places a kernel is used at; on a single
     image it always wins. Winograd's costs its transforms and a part of the literal one, the smaller, the wider the
     block, in training only: the backward pass gains the most. The images themselves, with three channels or one, go
-    through patches.
+    through patches, or in bfloat16 into a narrow block through the compiled form.
     """
     images, channels, height, width = inputs.shape
     if inputs.device.type == "cpu" and channels <= 3 and not inputs.requires_grad:
-        # Three channels are continued to sixteen in the compiled form, which is made up for where the products are few.
-        narrow = outputs <= 32 and 3 in kernel_sizes and min(height, width) >= 2 and images > 1
+        # The compiled form continues three channels to sixteen: up to 32 outputs that costs less than the patches do.
+        narrow = outputs <= 32 and 3 in kernel_sizes and set(kernel_sizes) <= {1, 3}
+        narrow = narrow and min(height, width) >= 2 and images > 1
         return "compiled" if narrow and compiled.computes(inputs) else "patches"
     if images == 1 and len(kernel_sizes) > 1:
         return "grouped"

@@ -1,6 +1,7 @@
 """What a training starts from: the images, the untrained network, its stem computed from them, and the batches."""
 
 import dataclasses
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -58,7 +59,10 @@ def load_training_data(recipe: Recipe, device: torch.device, say: Callable[[str]
         say(f"Left out: {len(split.train) - len(kept)} of {len(split.train)} training images ({recipe.data.without}).")
         split = dataclasses.replace(split, train=kept)
     if len(split.train) < 2:
-        raise UserError(f"{images.description} leaves {len(split.train)} images to train on; add images.")
+        raise UserError(
+            f"Of {images.description} {len(split.train)} images are left to train on, two are the least; add images, "
+            "or leave out fewer."
+        )
     return TrainingData(
         source=source,
         train=images.subset(split.train).to(device),
@@ -69,15 +73,17 @@ def load_training_data(recipe: Recipe, device: torch.device, say: Callable[[str]
 
 
 def fit_batches(recipe: Recipe, images: int, say: Callable[[str], None]) -> Recipe:
-    """Returns the recipe, with batches of a quarter of the images where one would hold more than all of them.
+    """Returns the recipe, with an update for every quarter of the images where a batch would hold more than all.
 
-    Recipes are made for tens of thousands of images. A single update an epoch would hardly train a network.
+    Recipes are made for tens of thousands of images, and a single update an epoch would hardly train a network.
     """
     if images >= recipe.train.batch_size:
         return recipe
-    smaller = max(2, images // 4)
-    say(f"{images} training images are less than --batch-size {recipe.train.batch_size}: batches of {smaller} instead.")
-    return with_settings(recipe, batch_size=smaller)
+    smaller = max(2, math.ceil(images / 4))
+    say(
+        f"{images} training images are fewer than --batch-size {recipe.train.batch_size}: batches of {smaller} instead."
+    )
+    return with_settings(recipe, batch_size=smaller, accumulation_steps=1)
 
 
 def build_model(recipe: Recipe, images: ImageSet, device: torch.device) -> Network:
