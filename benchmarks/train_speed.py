@@ -29,7 +29,9 @@ from dynaconv.training.start import build_model, load_training_data
 
 ROUNDS = 5
 IMAGES = 6000
-"""Trained on per size and round, behind two batches that warm up."""
+"""Trained on per size and round, behind those that warm up."""
+WARMING = 1500
+"""Images that warm up, or two batches of them: the first twenty steps of a small network take longer than the rest."""
 PEAK_SHAPES = ((64, 32), (128, 16), (256, 8), (256, 16))
 """(channels, side of the map) of the direct convolutions of which the fastest counts as this machine's peak."""
 
@@ -99,7 +101,8 @@ def seconds_per_image(recipe: Recipe, plain: bool) -> dict[str, float]:
     with computing_in(pick_precision(recipe.train.precision, device, print), device):
         for size in sorted(set(sizes_of_epochs(recipe, recipe.train.epochs, 32))):
             batches = iter(Batches(data.train, recipe.train.batch_size, recipe.augment, 0, [size]))
-            training_epoch(passes, islice(batches, 2 if passes is model else 6), criterion, optimizer, device)
+            warming = max(2 if passes is model else 6, WARMING // recipe.train.batch_size)
+            training_epoch(passes, islice(batches, warming), criterion, optimizer, device)
             count = max(1, IMAGES // recipe.train.batch_size)
             started = time.perf_counter()
             training_epoch(passes, islice(batches, count), criterion, optimizer, device)
