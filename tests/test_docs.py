@@ -133,6 +133,13 @@ def test_figures_of_the_mixture_and_of_the_step_are_those_of_their_results():
         rate, times = found["images_per_second"]["median"], found["times_plain"]["median"]
         share = found["literal_flops_over_peak"]["value"]
         assert f"| `{recipe}` | {rate:.0f} | {times:.2f}x | {share:.0%} |" in page
+    one, three = (
+        json.loads((RESULTS / f"{name}.json").read_text())["metrics"]["test_accuracy"]["values"]
+        for name in ("coursework-bfloat16", "coursework")
+    )
+    told = " ".join(page.split())
+    assert f"`coursework` reached {one[0]:.2%} of the test" in told
+    assert f"{100 * min(three):.2f} to {max(three):.2%}" in told
 
 
 def test_what_mixing_and_what_a_length_buys_are_those_of_their_results():
