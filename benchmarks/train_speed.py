@@ -31,7 +31,7 @@ ROUNDS = 5
 IMAGES = 6000
 """Trained on per size and round, behind those that warm up."""
 WARMING = 1500
-"""Images that warm up, or two batches of them: the first twenty steps of a small network take longer than the rest."""
+"""Images that warm up, or two batches of them: a process's first steps take longer than the rest."""
 PEAK_SHAPES = ((64, 32), (128, 16), (256, 8), (256, 16))
 """(channels, side of the map) of the direct convolutions of which the fastest counts as this machine's peak."""
 

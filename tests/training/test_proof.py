@@ -56,3 +56,8 @@ def test_a_state_that_lacks_something_is_found(monkeypatch):
     monkeypatch.setattr(dynaconv.training.proof.RunDir, "read_state", without_momentum)
     with pytest.raises(WorkError, match=r"went on from update 1 of epoch 1 differs first at update 2 of epoch 1, in"):
         prove_resume(RECIPE, IMAGES, print)
+
+
+def test_an_epoch_of_a_single_update_is_resumed_too():
+    said = prove_resume(with_settings(RECIPE, batch_size=4), IMAGES.subset(torch.arange(3)), print)
+    assert said.startswith("Resumed from a file at 2 places; all agree bit for bit")

@@ -63,8 +63,8 @@ def prove_resume(recipe: Recipe, images: ImageSet, say: Callable[[str], None]) -
     short, some = _shorten(recipe, images)
     with tempfile.TemporaryDirectory() as folder:
         whole = _train(short, some, say, folder=Path(folder))
-        places = (0, UPDATES - 1, UPDATES, UPDATES + 1)  # in the first epoch, before its end, at it, in the second
-        places = tuple(place for place in places if place < len(whole) - 1)  # an epoch may have a single update
+        # In the first epoch, before its end, at it, in the second; fewer where an epoch has a single update.
+        places = sorted({min(place, len(whole) - 2) for place in (0, UPDATES - 1, UPDATES, UPDATES + 1)})
         for place in places:
             stored = RunDir(Path(folder) / str(place)).read_state(say)
             if stored is None:
