@@ -40,7 +40,7 @@ ROUNDS = 5
 
 DEVICE = torch.device(sys.argv[1] if len(sys.argv) > 1 else "cpu")
 CUDA = DEVICE.type == "cuda"
-STEPS = 50 if CUDA else 1
+STEPS = 15 if CUDA else 1
 """Forward and backward passes timed together: an accelerator takes its work in advance."""
 
 

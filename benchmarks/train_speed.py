@@ -95,7 +95,7 @@ def seconds_per_image(recipe: Recipe, plain: bool) -> dict[str, float]:
     data = load_training_data(with_settings(recipe, source="cifar10"), device, print)
     model = build_model(recipe, data.train, device)
     optimizer = build_optimizer(model, recipe.optim)
-    passes = model if plain else as_trained(model, device, recipe.train.deterministic)
+    passes = model if plain else as_trained(model, device, recipe.train)
     criterion = torch.nn.CrossEntropyLoss(label_smoothing=recipe.optim.label_smoothing)
     seconds = {}
     with computing_in(pick_precision(recipe.train.precision, device, print), device):

@@ -259,6 +259,8 @@ class TrainSettings:
     deterministic: bool = False
     """Take only algorithms that give the same bits every time, and fail where there is none. On a CPU all are; on CUDA
     it costs speed."""
+    compile: bool = False
+    """On CUDA, have torch compile the passes before they are recorded: a minute at the start, faster steps after it."""
     threads: int = 0
     """CPU threads; 0 takes one per core that this process may use."""
 

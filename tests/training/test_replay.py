@@ -6,10 +6,10 @@ from torch import nn
 
 from dynaconv.device import computing_in
 from dynaconv.model.network import build_network
-from dynaconv.recipe import ModelSettings, OptimSettings
+from dynaconv.recipe import ModelSettings, OptimSettings, TrainSettings
 from dynaconv.training.loop import training_epoch
 from dynaconv.training.optim import build_optimizer
-from dynaconv.training.replay import RECORDED_AFTER, RecordedUpdate, Replayed
+from dynaconv.training.replay import RECORDED_AFTER, RecordedUpdate, Replayed, as_trained
 
 CUDA = torch.device("cuda")
 needs_cuda = pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device on this machine")
@@ -41,6 +41,26 @@ def test_off_cuda_the_network_runs_as_it_is():
     assert network.training
 
 
+# torch's own tracing instantiates a class that torch itself says not to instantiate, and uses what it calls outdated.
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_what_is_compiled_takes_the_whole_network_at_once():
+    # Where a part could not be traced, torch would leave it out and say nothing.
+    network = make_network()
+    images, labels = batches(1)[0]
+    whole = torch.compile(network, dynamic=False, fullgraph=True, backend="aot_eager")
+    with torch.autocast("cpu", torch.bfloat16):
+        nn.functional.cross_entropy(whole(images), labels).backward()
+    assert all(parameter.grad.isfinite().all() for parameter in network.parameters())
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_passes_are_recorded_where_the_device_can_and_may():
+    network = make_network()
+    assert as_trained(network, torch.device("cpu"), TrainSettings(compile=True)) is network
+    assert as_trained(network, CUDA, TrainSettings(deterministic=True)) is network
+    assert isinstance(as_trained(network, CUDA, TrainSettings(compile=True)), Replayed)
+
+
 def test_off_cuda_an_update_runs_as_it_is_every_time():
     weight, seen = torch.zeros(2), []
     recorded = RecordedUpdate()
@@ -58,14 +78,16 @@ def train(passes, network, optimizer, accumulation_steps, device):
 
 
 @needs_cuda
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+@pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("accumulation_steps", [1, 2])
 @pytest.mark.parametrize("optimizer", ["muon", "adam"])
-def test_on_cuda_a_replayed_training_is_that_of_the_network(optimizer, accumulation_steps):
+def test_on_cuda_a_replayed_training_is_that_of_the_network(optimizer, accumulation_steps, compiled):
     settings = OptimSettings(optimizer=optimizer, learning_rate=0.01)
     outcomes = []
     for replayed in (False, True):
         network = make_network().to(CUDA)
-        passes = Replayed(network) if replayed else network
+        passes = Replayed(network, compiled) if replayed else network
         with computing_in(torch.float32, CUDA):
             outcomes.append(train(passes, network, build_optimizer(network, settings), accumulation_steps, CUDA))
     (loss, weights), (replayed_loss, replayed_weights) = outcomes

@@ -231,7 +231,11 @@ def _weighted_sum(
 ) -> torch.Tensor:
     total = residual
     for output, weight in zip(outputs, weights.unbind(1), strict=True):
-        total = _AddWeighted.apply(total, output, weight)
+        if torch.compiler.is_compiling():  # a compiler fuses it by itself, each way
+            weighted = output * weight[:, None, None, None]
+            total = weighted if total is None else total + weighted
+        else:
+            total = _AddWeighted.apply(total, output, weight)
     if total is None:
         raise ValueError("a mixture needs at least one kernel, received none")
     return total  # pyright: ignore[reportReturnType]

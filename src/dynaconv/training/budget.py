@@ -76,7 +76,7 @@ def plan_epochs(
 def _seconds_per_image(recipe: Recipe, model: nn.Module, images: ImageSet, size: int, device: torch.device) -> float:
     copied = copy.deepcopy(model)
     optimizer = build_optimizer(copied, recipe.optim)
-    passes = as_trained(copied, device, recipe.train.deterministic)
+    passes = as_trained(copied, device, recipe.train)
     count = min(len(images), recipe.train.batch_size)
     batch = images.subset(torch.arange(count))
     warming = 1 if passes is copied else RECORDED_AFTER + 1

@@ -133,7 +133,7 @@ class _Training:
         self, model: nn.Module, batches: Passes, recipe: Recipe, device: torch.device, say: Callable[[str], None]
     ) -> None:
         self.model, self.batches, self.recipe, self.device = model, batches, recipe, device
-        self.passes = as_trained(model, device, recipe.train.deterministic)
+        self.passes = as_trained(model, device, recipe.train)
         self.optimizer = build_optimizer(model, recipe.optim)
         self.updates = math.ceil(len(batches) / recipe.train.accumulation_steps)
         self.schedule = Schedule(self.optimizer, recipe.optim, recipe.train.epochs, self.updates)

@@ -9,6 +9,8 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import nn
 
+from dynaconv.recipe import TrainSettings
+
 RECORDED_AFTER = 3
 """Passes of a shape that run as they are before it is recorded: a rare shape, like that of a last batch, never is."""
 
@@ -16,10 +18,12 @@ Update = Callable[[Sequence[torch.Tensor], Sequence[float | torch.Tensor]], None
 """Changes tensors in place by gradients and rates."""
 
 
-def as_trained(network: nn.Module, device: torch.device, deterministic: bool) -> nn.Module:
+def as_trained(network: nn.Module, device: torch.device, settings: TrainSettings) -> nn.Module:
     """Returns what a training runs in place of the network: on CUDA its recorded passes, elsewhere itself."""
     # Deterministic algorithms are looked up while recording, and some of them wait for the host.
-    return Replayed(network) if device.type == "cuda" and not deterministic else network
+    if device.type != "cuda" or settings.deterministic:
+        return network
+    return Replayed(network, settings.compile)
 
 
 class Replayed(nn.Module):
@@ -29,10 +33,16 @@ class Replayed(nn.Module):
     network runs as it is. What a graph reads and writes stays allocated as long as this object.
     """
 
-    def __init__(self, network: nn.Module) -> None:
-        """Takes the network, on its device; its parameters must stay where they are in memory."""
+    def __init__(self, network: nn.Module, compiled: bool = False) -> None:
+        """Takes the network, on its device; its parameters must stay where they are in memory.
+
+        `compiled` has torch compile each shape before it is recorded, which takes tens of seconds: convolutions stay
+        what they are, all between them is fused.
+        """
         super().__init__()
         self.network = network
+        # A shape that was recorded has a code of its own, none for any number of images.
+        self._pass = torch.compile(network, dynamic=False) if compiled else network
         self._seen: dict[torch.Size, int] = {}
         self._recorded: dict[torch.Size, nn.Module] = {}
         self._works = True
@@ -58,7 +68,7 @@ class Replayed(nn.Module):
             torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
         # Recording runs the network a few times, which moves the running statistics of batch norm.
         before = [buffer.clone() for buffer in self.network.buffers()]
-        recorded = _Pass(self.network)
+        recorded = _Pass(self.network, self._pass)
         try:
             torch.cuda.make_graphed_callables(recorded, (images.clone(),))  # exchanges its forward method
         except RuntimeError as error:
@@ -77,12 +87,13 @@ class Replayed(nn.Module):
 class _Pass(nn.Module):
     """A network under another name, whose forward method can be exchanged without exchanging that of the network."""
 
-    def __init__(self, network: nn.Module) -> None:
+    def __init__(self, network: nn.Module, run: Callable[[torch.Tensor], torch.Tensor]) -> None:
         super().__init__()
-        self.network = network
+        self.network = network  # whose parameters get gradients
+        self._run = [run]  # in a list, lest it be registered as one more module
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.network(images)
+        return self._run[0](images)
 
 
 class RecordedUpdate:
