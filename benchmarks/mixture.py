@@ -15,8 +15,8 @@ import torch
 from matplotlib.figure import Figure
 from record import over_repeats, write_result
 
+from dynaconv import native
 from dynaconv.device import computing_in, has_fast_bfloat16, keep_freed_memory, use_threads
-from dynaconv.model import native
 from dynaconv.model.mixture import FORMS, choose_form
 
 BATCH = 128
@@ -147,7 +147,8 @@ def draw(metrics: dict[str, dict[str, object]], precisions: list[torch.dtype], p
             axes.plot([row["times_static"][form]["median"] for row in rows], marker=marker, label=form)  # pyright: ignore
         axes.axhline(1, color="black", linewidth=0.8, linestyle=":")
         axes.set_yscale("log", base=2)
-        axes.set_yticks([1, 2, 4, 8, 16], ["1x", "2x", "4x", "8x", "16x"])
+        times = [2**power for power in range(7) if 2**power < axes.get_ylim()[1]]
+        axes.set_yticks(times, [f"{each}x" for each in times])
         axes.set_xticks(range(len(DRAWN)), [f"{outputs} channels\n{side}x{side}" for _, outputs, side in DRAWN])
         axes.set_ylabel("time of one static convolution")
         axes.set_title(str(precision).removeprefix("torch."))

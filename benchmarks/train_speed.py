@@ -7,6 +7,7 @@ backward, update.
 """
 
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -56,7 +57,9 @@ def compare(name: str, peak: float) -> dict[str, object]:
     for _ in range(ROUNDS):
         for contender, values in rounds.items():
             command = [sys.executable, __file__, "--measure", name, contender]
-            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+            # The plain step is torch's throughout, its transforms too.
+            environment = {**os.environ, **({"DYNACONV_COMPILED": "0"} if contender == "plain" else {})}
+            done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
             values.append(json.loads(done.stdout.splitlines()[-1]))
     sizes = sizes_of_epochs(recipe, recipe.train.epochs, 32)
     means = {contender: [over_epochs(value, sizes) for value in values] for contender, values in rounds.items()}

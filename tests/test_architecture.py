@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 PACKAGE = ROOT / "src" / "dynaconv"
 
 FLOORS = {
-    **dict.fromkeys(["errors", "files", "folders", "recipe", "recipe_json", "rundir", "device"], 0),
+    **dict.fromkeys(["errors", "files", "folders", "native", "recipe", "recipe_json", "rundir", "device"], 0),
     **dict.fromkeys(["data", "model"], 1),
     "training": 2,
     "judging": 3,

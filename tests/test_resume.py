@@ -145,12 +145,13 @@ def test_other_images_are_refused(stopped):
         resume_experiment(run.path, lambda line: None)
 
 
-def test_another_thread_count_is_said(stopped):
+@pytest.mark.parametrize(("name", "before"), [("threads", 64), ("transforms", "by hand")])
+def test_what_is_not_as_at_the_beginning_is_said(name, before, stopped):
     run = stopped(2)
-    run.write_json("environment.json", {**run.read_json("environment.json"), "threads": 64})
+    run.write_json("environment.json", {**run.read_json("environment.json"), name: before})
     lines = []
     resume_experiment(run.path, lines.append)
-    assert "Not as at the run's beginning: threads. The result may differ in its last digits." in lines
+    assert f"Not as at the run's beginning: {name}. The result may differ in its last digits." in lines
 
 
 def test_a_state_of_another_network_is_refused(stopped):

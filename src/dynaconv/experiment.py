@@ -88,7 +88,7 @@ def run_experiment(
             say(told)
     run = RunDir.create(path)
     with run.locked():
-        _write_beginning(run, recipe, data, model, describe_machine(device, precision))
+        _write_beginning(run, recipe, data, model, describe_machine(recipe, device, precision))
         say(f"{data.train.description}: {len(data.train)} training and {len(data.validation)} validation images.")
         return _train_and_judge(_Work(run, recipe, data, model, precision, say, track, clock))
 
@@ -125,9 +125,9 @@ def resume_experiment(
         model = build_model(recipe, data.train, device)
         run.remove_unfinished()
         if run.has_begun:
-            _note_changes(run, data, describe_machine(device, precision), say)
+            _note_changes(run, data, describe_machine(recipe, device, precision), say)
         else:
-            _write_beginning(run, recipe, data, model, describe_machine(device, precision))
+            _write_beginning(run, recipe, data, model, describe_machine(recipe, device, precision))
         stored = run.read_state(say)
         begin = State(*stored) if stored else None
         facts: dict[str, Any] = begin.facts if begin else {"history": [], "train_seconds": 0.0}
@@ -199,8 +199,9 @@ def _note_changes(run: RunDir, data: TrainingData, now: dict[str, Any], say: Cal
             f"The training images of {data.source} are not those that the run in {run.path} began with; "
             "bring them back, or start a new run."
         )
-    names = ("device_name", "cpu_capability", "threads", "precision", "convolutions", "packages")
-    changed = [name for name in names if then.get(name) != now[name]]
+    names = ("device_name", "cpu_capability", "threads", "precision", "convolutions", "transforms", "packages")
+    before = {"transforms": "torch", **then}  # runs that do not tell had torch's
+    changed = [name for name in names if before.get(name) != now[name]]
     if changed:
         say(f"Not as at the run's beginning: {', '.join(changed)}. The result may differ in its last digits.")
     run.write_json("environment.json", {**then, "resumed": [*then.get("resumed", []), now]})

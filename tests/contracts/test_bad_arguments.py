@@ -40,7 +40,8 @@ KNOWN_SETTINGS_START = "--data, --run-dir, --seeds, --check-resume, --check-repe
         ),
         (
             ["train", "coursewrok"],
-            "Unknown recipe 'coursewrok'. Did you mean 'coursework'? Known: coursework, fast92, fast94, fast96.",
+            "Unknown recipe 'coursewrok'. Did you mean 'coursework'? "
+            "Known: coursework, fast92, fast94, fast96, strong.",
         ),
         (
             ["train", "none.json"],

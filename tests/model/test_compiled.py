@@ -9,7 +9,8 @@ import pytest
 import torch
 from torch.nn import functional
 
-from dynaconv.model import compiled, native
+from dynaconv import native
+from dynaconv.model import compiled
 from dynaconv.model.layout import continue_channels
 from dynaconv.model.mixture import choose_form, mix_compiled, mix_grouped, mix_literally
 from dynaconv.model.network import Block
@@ -299,7 +300,7 @@ def test_other_processors_are_left_to_torch(monkeypatch, capabilities, reason):
 
 
 NATIVE = f"native-{os.geteuid()}"
-TELL = "from dynaconv.model import native; print(native.library() is not None, native.why_not())"
+TELL = "from dynaconv import native; print(native.library() is not None, native.why_not())"
 
 
 def told(tmp_path, code=TELL, **variables):
@@ -345,7 +346,7 @@ def test_without_a_compiler_torch_convolves(tmp_path, variables, reason):
 
 @needs_library
 def test_the_user_is_told_what_can_be_mended(tmp_path):
-    code = "from dynaconv.model import native; print(native.advice())"
+    code = "from dynaconv import native; print(native.advice())"
     assert told(tmp_path, code) == "None"
     assert told(tmp_path, code, DYNACONV_COMPILED="0") == "None"
     assert "install a C compiler" in told(tmp_path, code, CC="/no/such/compiler", DYNACONV_CACHE=str(tmp_path / "new"))
@@ -382,7 +383,8 @@ def test_a_library_that_was_cut_off_is_built_again(tmp_path):
 def test_no_working_space_is_an_error_of_memory(tmp_path):
     code = (
         "import resource, torch\n"
-        "from dynaconv.model import compiled, native\n"
+        "from dynaconv import native\n"
+        "from dynaconv.model import compiled\n"
         "native.library()\n"
         "inputs = torch.zeros(8, 512, 8, 8).bfloat16().contiguous(memory_format=torch.channels_last)\n"
         "kernels, weights = [torch.zeros(512, 512, 3, 3, requires_grad=True) for _ in range(2)], torch.ones(8, 2)\n"

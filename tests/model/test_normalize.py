@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch import nn
 
-from dynaconv.model import native
+from dynaconv import native
 from dynaconv.model.normalize import ACTIVATIONS, CODES, normalize_and_activate
 
 needs_library = pytest.mark.skipif(native.library() is None, reason=f"no compiled layers: {native.why_not()}")

@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from dynaconv.model import native
+from dynaconv import native
 from dynaconv.model.normalize import ACTIVATIONS
 from dynaconv.model.stem import WhiteningStem, whiten_and_activate
 

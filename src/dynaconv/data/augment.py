@@ -2,7 +2,7 @@
 
 Written here and not taken from kornia, which draws from torch's global generator and takes twice as long
 (`benchmarks/augment.py`). Same conventions as torchvision's transforms of these names; the tests compare the results
-with those of kornia's functions.
+with those of kornia's functions. Where the machine can, `one_pass` does the same in C.
 """
 
 import math
@@ -11,6 +11,7 @@ from dataclasses import dataclass, fields
 import torch
 from torch.nn import functional
 
+from dynaconv.data import one_pass
 from dynaconv.recipe import AugmentSettings
 
 LUMA = (0.299, 0.587, 0.114)
@@ -97,10 +98,24 @@ def augment(images: torch.Tensor, settings: AugmentSettings, draws: Draws) -> to
         (N, C, H, W) float, 0 to 1.
     """
     resamples = settings.interpolation != "nearest" and settings.translate
-    if any((settings.degrees, settings.scale_min != 1, settings.scale_max != 1, resamples)):
-        images = affine(images, draws, settings.interpolation, settings.fill)
-    elif settings.translate or settings.flip:
-        images = shift(images, draws, settings.fill)
+    moves = bool(settings.degrees or settings.scale_min != 1 or settings.scale_max != 1 or resamples)
+    if one_pass.fits(images, settings):
+        maps = inverse_maps(draws, *images.shape[2:])
+        colours = torch.stack([draws.brightness, draws.contrast, draws.saturation, draws.hue], dim=1)
+        images = one_pass.transform(images, settings, maps, colours)
+    else:
+        if moves:
+            images = affine(images, draws, settings.interpolation, settings.fill)
+        elif settings.translate or settings.flip:
+            images = shift(images, draws, settings.fill)
+        images = recolour(images, settings, draws)
+    if settings.cutout:
+        images = cut_out(images, draws, settings.cutout, settings.normalize_mean)
+    return images
+
+
+def recolour(images: torch.Tensor, settings: AugmentSettings, draws: Draws) -> torch.Tensor:
+    """Applies the colour transforms alone. Arguments and result as in `augment`."""
     if settings.brightness:
         images = (images * _per_image(draws.brightness)).clamp_(0, 1)
     if settings.contrast:
@@ -110,8 +125,6 @@ def augment(images: torch.Tensor, settings: AugmentSettings, draws: Draws) -> to
         images = torch.lerp(to_grey(images), images, _per_image(draws.saturation)).clamp_(0, 1)
     if images.shape[1] == 3 and settings.hue:
         images = turn_hue(images, draws.hue)
-    if settings.cutout:
-        images = cut_out(images, draws, settings.cutout, settings.normalize_mean)
     return images
 
 
@@ -127,15 +140,7 @@ def affine(
     Interpolation and fill as in AugmentSettings. They matter: black corners and the blur of bilinear resampling are
     seen in every training image and in no test image (docs/decisions/0005-resampling.md).
     """
-    height, width = images.shape[2:]
-    cosine, sine = torch.cos(draws.angle) / draws.scale, torch.sin(draws.angle) / draws.scale
-    # The grid maps each output place to its source: the inverse of shift after rotation after zoom after mirror.
-    # Grid coordinates run from -1 to 1 on both axes, so a share of the side counts twice, and rotation in an oblong
-    # image has to be corrected by the ratio of its sides.
-    right, down = 2 * draws.shift_x, 2 * draws.shift_y
-    row_x = torch.stack([cosine, sine * height / width, -cosine * right - sine * height / width * down], dim=1)
-    row_y = torch.stack([-sine * width / height, cosine, sine * width / height * right - cosine * down], dim=1)
-    rows = torch.stack([row_x * draws.mirror[:, None], row_y], dim=1)
+    rows = inverse_maps(draws, *images.shape[2:])
     grid = functional.affine_grid(rows, list(images.shape), align_corners=False)
     # MPS lacks the cubic and the mirror image; a batch of small images is soon there and back.
     place = torch.device("cpu") if images.device.type == "mps" else images.device
@@ -144,6 +149,18 @@ def affine(
     ).to(images.device)
     # A cubic overshoots at sharp edges.
     return sampled.clamp_(0, 1) if interpolation == "bicubic" else sampled
+
+
+def inverse_maps(draws: Draws, height: int, width: int) -> torch.Tensor:
+    """Returns the (N, 2, 3) matrices that take a place (x, y, 1) of an output to its source, both from -1 to 1."""
+    cosine, sine = torch.cos(draws.angle) / draws.scale, torch.sin(draws.angle) / draws.scale
+    # The grid maps each output place to its source: the inverse of shift after rotation after zoom after mirror.
+    # Grid coordinates run from -1 to 1 on both axes, so a share of the side counts twice, and rotation in an oblong
+    # image has to be corrected by the ratio of its sides.
+    right, down = 2 * draws.shift_x, 2 * draws.shift_y
+    row_x = torch.stack([cosine, sine * height / width, -cosine * right - sine * height / width * down], dim=1)
+    row_y = torch.stack([-sine * width / height, cosine, sine * width / height * right - cosine * down], dim=1)
+    return torch.stack([row_x * draws.mirror[:, None], row_y], dim=1)
 
 
 def shift(images: torch.Tensor, draws: Draws, fill: str = "reflection") -> torch.Tensor:

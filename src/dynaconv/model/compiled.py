@@ -18,7 +18,7 @@ import torch
 from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
-from dynaconv.model import native
+from dynaconv import native
 from dynaconv.model.layout import continue_channels
 
 _FLOATS: Any = {"dtype": torch.float32, "device": "cpu"}

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from dynaconv.model import native
+from dynaconv import native
 from dynaconv.model.compiled import LANES, computes, empty_maps, loaded
 from dynaconv.model.normalize import CODES
 

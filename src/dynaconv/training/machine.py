@@ -5,6 +5,8 @@ from typing import Any
 
 import torch
 
+from dynaconv import native
+from dynaconv.data.one_pass import serves
 from dynaconv.device import (
     describe_environment,
     keep_freed_memory,
@@ -13,7 +15,6 @@ from dynaconv.device import (
     use_deterministic,
     use_threads,
 )
-from dynaconv.model import native
 from dynaconv.recipe import Recipe
 
 
@@ -27,16 +28,19 @@ def set_up_machine(recipe: Recipe, say: Callable[[str], None]) -> tuple[torch.de
     use_threads(recipe.train.threads)
     use_deterministic(recipe.train.deterministic)
     precision = pick_precision(recipe.train.precision, device, say)
-    if _could_be_compiled(device, precision) and (advice := native.advice()):
+    # Asked here, so that what is not built yet is built before the first epoch is timed.
+    if any(_could_be_compiled(recipe, device, precision).values()) and (advice := native.advice()):
         say(advice)
     return device, precision
 
 
-def describe_machine(device: torch.device, precision: torch.dtype) -> dict[str, Any]:
-    """Returns the environment of a run, `describe_environment`, and whose convolutions it computes."""
-    compiled = _could_be_compiled(device, precision) and native.library() is not None
-    return {**describe_environment(device, precision), "convolutions": "compiled" if compiled else "torch"}
+def describe_machine(recipe: Recipe, device: torch.device, precision: torch.dtype) -> dict[str, Any]:
+    """Returns the environment of a run, `describe_environment`, and whose convolutions and transforms it computes."""
+    could = _could_be_compiled(recipe, device, precision)
+    whose = {name: "compiled" if can and native.library() is not None else "torch" for name, can in could.items()}
+    return {**describe_environment(device, precision), **whose}
 
 
-def _could_be_compiled(device: torch.device, precision: torch.dtype) -> bool:
-    return device.type == "cpu" and precision == torch.bfloat16
+def _could_be_compiled(recipe: Recipe, device: torch.device, precision: torch.dtype) -> dict[str, bool]:
+    on_cpu = device.type == "cpu"
+    return {"convolutions": on_cpu and precision == torch.bfloat16, "transforms": on_cpu and serves(recipe.augment)}

@@ -12,7 +12,7 @@ from torch import nn
 from dynaconv.recipe import TrainSettings
 
 RECORDED_AFTER = 3
-"""Passes of a shape that run as they are before it is recorded: a rare shape, like that of a last batch, never is."""
+"""Passes of one shape in a row that run as they are before it is recorded: that of a last batch never is."""
 
 Update = Callable[[Sequence[torch.Tensor], Sequence[float | torch.Tensor]], None]
 """Changes tensors in place by gradients and rates."""
@@ -36,14 +36,14 @@ class Replayed(nn.Module):
     def __init__(self, network: nn.Module, compiled: bool = False) -> None:
         """Takes the network, on its device; its parameters must stay where they are in memory.
 
-        `compiled` has torch compile each shape before it is recorded, which takes tens of seconds: convolutions stay
-        what they are, all between them is fused.
+        `compiled` has torch compile each shape before it is recorded, which takes about 20 seconds: convolutions
+        stay what they are, all between them is fused.
         """
         super().__init__()
         self.network = network
-        # A shape that was recorded has a code of its own, none for any number of images.
-        self._pass = torch.compile(network, dynamic=False) if compiled else network
-        self._seen: dict[torch.Size, int] = {}
+        # Every shape gets code of its own, none for any number of images. In a list, lest it be registered once more.
+        self._run = [torch.compile(network, dynamic=False) if compiled else network]
+        self._last, self._seen = torch.Size(), 0
         self._recorded: dict[torch.Size, nn.Module] = {}
         self._works = True
 
@@ -53,10 +53,11 @@ class Replayed(nn.Module):
         adds_up = next(self.network.parameters()).grad is not None
         if adds_up or not (self.training and self._works and images.is_cuda):
             return self.network(images)
+        self._seen = self._seen + 1 if images.shape == self._last else 1
+        self._last = images.shape
         recorded = self._recorded.get(images.shape)
         if recorded is None:
-            self._seen[images.shape] = self._seen.get(images.shape, 0) + 1
-            if self._seen[images.shape] <= RECORDED_AFTER:
+            if self._seen <= RECORDED_AFTER:
                 return self.network(images)
             recorded = self._record(images)
         return recorded(images)
@@ -68,14 +69,19 @@ class Replayed(nn.Module):
             torch.autograd.graph.set_warn_on_accumulate_grad_stream_mismatch(False)
         # Recording runs the network a few times, which moves the running statistics of batch norm.
         before = [buffer.clone() for buffer in self.network.buffers()]
-        recorded = _Pass(self.network, self._pass)
+        recorded = _Pass(self.network, self._run)
         try:
             torch.cuda.make_graphed_callables(recorded, (images.clone(),))  # exchanges its forward method
         except RuntimeError as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            logging.getLogger(__name__).warning("CUDA graphs are not used: %s", error)
-            self._works = False
+            compiled = self._run != [self.network]
+            what = "What was asked to be compiled runs as it is" if compiled else "CUDA graphs are not used"
+            logging.getLogger(__name__).warning("%s: %s", what, error)
+            if compiled:
+                self._run = [self.network]  # which is recorded when the shape comes again
+            else:
+                self._works = False
             return self.network
         finally:
             for buffer, value in zip(self.network.buffers(), before, strict=True):
@@ -87,10 +93,10 @@ class Replayed(nn.Module):
 class _Pass(nn.Module):
     """A network under another name, whose forward method can be exchanged without exchanging that of the network."""
 
-    def __init__(self, network: nn.Module, run: Callable[[torch.Tensor], torch.Tensor]) -> None:
+    def __init__(self, network: nn.Module, run: list[Callable[[torch.Tensor], torch.Tensor]]) -> None:
         super().__init__()
         self.network = network  # whose parameters get gradients
-        self._run = [run]  # in a list, lest it be registered as one more module
+        self._run = run
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         return self._run[0](images)

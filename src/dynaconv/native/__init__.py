@@ -1,7 +1,8 @@
-"""Convolutions in C for processors with AVX-512 and bfloat16: built once by the machine's own compiler, then loaded.
+"""Convolutions and transforms in C for processors with AVX-512 and bfloat16: built once by the machine's own compiler.
 
 There is nothing to install. Where the processor lacks the instructions, or the machine a compiler, `library` returns
-None and torch's convolutions are taken instead: same results within bfloat16's digits, about 1.4 times as slow.
+None and torch's functions are taken instead: the same results but for the last digits of the number format; the
+convolutions are about 1.4 times as slow, the transforms eight times.
 """
 
 import ctypes
@@ -20,11 +21,11 @@ import torch
 
 from dynaconv.folders import cache_folder
 
-SOURCES = ("mix.c", "gradients.c", "normalize.c", "stem.c")
+SOURCES = ("mix.c", "gradients.c", "normalize.c", "stem.c", "transforms.c")
 HEADERS = ("winograd.h", "activation.h")
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 BUILD_SECONDS = 120
-"""A build takes four seconds; one that hangs must not hold up a training for ever."""
+"""A build takes seconds; one that hangs must not hold up a training for ever."""
 
 _NOT_BUILT = "these could not be built"
 
@@ -41,6 +42,15 @@ class Stem(ctypes.Structure):
     _fields_ = [
         *((name, ctypes.c_int64) for name in ("images", "channels", "height", "width", "side", "step")),
         ("strides", ctypes.c_int64 * 4),
+    ]
+
+
+class Transforms(ctypes.Structure):
+    """The sizes of images and which transforms they go through: the struct of `transforms.c`."""
+
+    _fields_ = [
+        *((name, ctypes.c_int64) for name in ("images", "channels", "height", "width")),
+        *((name, ctypes.c_int64) for name in ("cubic", "fill", "brightness", "contrast", "saturation", "hue")),
     ]
 
 
@@ -73,8 +83,8 @@ def advice() -> str | None:
     if reason is None or not reason.startswith(_NOT_BUILT):
         return None
     return (
-        f"Convolutions are torch's own, about 1.4 times as slow as dynaconv's: {reason}. To have them built, install a "
-        "C compiler with OpenMP, such as gcc, or name one in CC."
+        f"Training goes through torch's own functions, about 1.4 times as slow as dynaconv's: {reason}. To have these "
+        "built, install a C compiler with OpenMP, such as gcc, or name one in CC."
     )
 
 
@@ -140,6 +150,8 @@ def _load(path: Path) -> ctypes.CDLL:
         pointer, ctypes.POINTER(Stem), pointer, number, threads, pointer, threads,
     ]  # fmt: skip
     loaded.dynaconv_whiten.restype = None
+    loaded.dynaconv_transform.argtypes = [pointer, ctypes.POINTER(Transforms), *[pointer] * 3, threads]
+    loaded.dynaconv_transform.restype = None
     return loaded
 
 

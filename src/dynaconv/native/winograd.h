@@ -5,8 +5,8 @@
 //
 // The kernels of one image are mixed between the transforms, a panel at a time, and the panel is used up before it
 // leaves the nearest cache: K convolutions cost one, and no mixed kernel is ever written to memory. Every thread takes
-// chunks of tile rows of its own, transformed, multiplied and transformed back within its cache; only where gradients are
-// larger than the caches, threads share the chunks.
+// chunks of tile rows of its own, transformed, multiplied and transformed back within its cache; only where gradients
+// are larger than the caches, threads share the chunks.
 //
 // Letters: N images, H W map, C channels in, O channels out, K kernels, F = 16 products of a tile of 2x2 outputs.
 // Maps are (N, H, W, channels) bfloat16. Source: Lavin and Gray, Fast Algorithms for Convolutional Neural Networks

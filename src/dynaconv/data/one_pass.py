@@ -1,0 +1,74 @@
+"""RandomAffine and ColorJitter in C, in one pass over each image: what `augment` does to whole batches in many."""
+
+import ctypes
+from typing import cast
+
+import torch
+
+from dynaconv import native
+from dynaconv.recipe import AugmentSettings
+
+FILLS = ("black", "border", "reflection")
+"""By the number that `native/transforms.c` knows them by."""
+
+
+def serves(settings: AugmentSettings) -> bool:
+    """Tells whether images go through `transform` with these settings, where it can run."""
+    between = settings.interpolation in ("bilinear", "bicubic")
+    return between and bool(
+        settings.degrees or settings.translate or settings.scale_min != 1 or settings.scale_max != 1
+    )
+
+
+def fits(images: torch.Tensor, settings: AugmentSettings) -> bool:
+    """Tells whether `transform` can take these (N, C, H, W) images here: float32 on a CPU that it is written for.
+
+    Images that want a gradient, and a program that is being traced, need torch's functions.
+    """
+    suits = images.device.type == "cpu" and images.dtype == torch.float32 and images.shape[1] in (1, 3)
+    followed = (torch.is_grad_enabled() and images.requires_grad) or torch.compiler.is_compiling()
+    return suits and not followed and serves(settings) and native.library() is not None
+
+
+def transform(
+    images: torch.Tensor, settings: AugmentSettings, maps: torch.Tensor, colours: torch.Tensor
+) -> torch.Tensor:
+    """Resamples the images, then changes their colours as far as the settings have it.
+
+    Args:
+        images: (N, C, H, W) float32, 0 to 1, for which `fits` holds.
+        settings: Interpolation, fill, and which colour transforms are on.
+        maps: (N, 2, 3) from places of the result to their sources, both from -1 to 1; on the CPU, as the colours.
+        colours: (N, 4): factors of brightness, contrast and saturation, and the turn of the hue.
+
+    Returns:
+        (N, C, H, W) float32, 0 to 1.
+
+    Raises:
+        ValueError: the arguments do not fit together, or `fits` does not hold.
+    """
+    count = len(images)
+    if maps.shape != (count, 2, 3) or colours.shape != (count, 4) or {maps.device.type, colours.device.type} != {"cpu"}:
+        raise ValueError(
+            f"{count} images need as many maps and colours on the CPU, received {len(maps)} and {len(colours)}"
+        )
+    if not fits(images, settings):
+        raise ValueError("these images or settings need torch's functions")
+    images, maps, colours = (tensor.float().contiguous() for tensor in (images, maps, colours))
+    result = torch.empty_like(images)
+    strengths = (settings.brightness, settings.contrast, settings.saturation, settings.hue)
+    library = cast("ctypes.CDLL", native.library())
+    library.dynaconv_transform(
+        images.data_ptr(),
+        native.Transforms(
+            *images.shape,
+            settings.interpolation == "bicubic",
+            FILLS.index(settings.fill),
+            *(strength != 0 for strength in strengths),
+        ),
+        maps.data_ptr(),
+        colours.data_ptr(),
+        result.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return result

@@ -1,0 +1,42 @@
+"""What a training computes with: whose convolutions and transforms, and who is told that a compiler is missing."""
+
+import pytest
+import torch
+
+from dynaconv import native
+from dynaconv.recipe import Recipe, with_settings
+from dynaconv.recipes import RECIPES
+from dynaconv.training.machine import describe_machine, set_up_machine
+
+CPU = torch.device("cpu")
+NEAREST = with_settings(RECIPES["fast92"](), precision="float32", device="cpu")
+BICUBIC = with_settings(Recipe(), precision="float32", device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("recipe", "precision", "device", "compiled"),
+    [
+        (BICUBIC, torch.float32, CPU, ["transforms"]),
+        (BICUBIC, torch.bfloat16, CPU, ["convolutions", "transforms"]),
+        (NEAREST, torch.bfloat16, CPU, ["convolutions"]),
+        (NEAREST, torch.float32, CPU, []),
+        (BICUBIC, torch.bfloat16, torch.device("meta"), []),
+    ],
+    ids=["cubic in float32", "cubic in bfloat16", "whole pixels in bfloat16", "whole pixels in float32", "elsewhere"],
+)
+def test_what_is_compiled_is_told(recipe, precision, device, compiled, monkeypatch):
+    for library, expected in ((object(), compiled), (None, [])):
+        monkeypatch.setattr(native, "library", lambda library=library: library)
+        told = describe_machine(recipe, device, precision)
+        assert [name for name in ("convolutions", "transforms") if told[name] == "compiled"] == expected
+
+
+@pytest.mark.parametrize(("recipe", "told"), [(BICUBIC, ["advice"]), (NEAREST, [])], ids=["cubic", "whole pixels"])
+def test_who_would_gain_by_a_compiler_is_told(recipe, told, monkeypatch):
+    monkeypatch.setattr(native, "advice", lambda: "advice")
+    threads, said = torch.get_num_threads(), []
+    try:
+        set_up_machine(recipe, said.append)
+    finally:
+        torch.set_num_threads(threads)
+    assert said == told
