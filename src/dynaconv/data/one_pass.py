@@ -56,6 +56,8 @@ def transform(
         raise ValueError("these images or settings need torch's functions")
     images, maps, colours = (tensor.float().contiguous() for tensor in (images, maps, colours))
     result = torch.empty_like(images)
+    threads = torch.get_num_threads()
+    space = torch.empty(threads, *images.shape[2:], 4, dtype=torch.float32, device="cpu")
     strengths = (settings.brightness, settings.contrast, settings.saturation, settings.hue)
     library = cast("ctypes.CDLL", native.library())
     library.dynaconv_transform(
@@ -68,7 +70,8 @@ def transform(
         ),
         maps.data_ptr(),
         colours.data_ptr(),
+        space.data_ptr(),
         result.data_ptr(),
-        torch.get_num_threads(),
+        threads,
     )
     return result

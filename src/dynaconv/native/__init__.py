@@ -150,7 +150,7 @@ def _load(path: Path) -> ctypes.CDLL:
         pointer, ctypes.POINTER(Stem), pointer, number, threads, pointer, threads,
     ]  # fmt: skip
     loaded.dynaconv_whiten.restype = None
-    loaded.dynaconv_transform.argtypes = [pointer, ctypes.POINTER(Transforms), *[pointer] * 3, threads]
+    loaded.dynaconv_transform.argtypes = [pointer, ctypes.POINTER(Transforms), *[pointer] * 4, threads]
     loaded.dynaconv_transform.restype = None
     return loaded
 

@@ -59,37 +59,47 @@ ALWAYS __m512i bring_inside(__m512 place, float length, int64_t fill, __m512 *we
     return _mm512_cvttps_epi32(found);
 }
 
-// Sixteen places of a row, from their sources (right, down) in pixels.
-ALWAYS void sample(const float *x, const Transforms *t, __m512 right, __m512 down, float *y, __mmask16 mask) {
+// Where sixteen places of a row are read: four rows and four columns each, with their weights.
+typedef struct {
+    int32_t rows[4][LANES], columns[4][LANES];
+    float along[4][LANES], across[4][LANES];
+} Sources;
+
+// From the places' sources (right, down) in pixels.
+ALWAYS void find(const Transforms *t, __m512 right, __m512 down, Sources *s) {
     __m512 column = floor_of(right), row = floor_of(down), across[4], along[4];
-    __m512i columns[4], rows[4];
     weigh(_mm512_sub_ps(right, column), across, t->cubic);
     weigh(_mm512_sub_ps(down, row), along, t->cubic);
     for (int k = 0; k < 4; k++) {
-        columns[k] = bring_inside(_mm512_add_ps(column, all(k - 1.0f)), (float)t->width, t->fill, &across[k]);
-        rows[k] = bring_inside(_mm512_add_ps(row, all(k - 1.0f)), (float)t->height, t->fill, &along[k]);
-        rows[k] = _mm512_mullo_epi32(rows[k], _mm512_set1_epi32((int)t->width));
-    }
-    int64_t plane = t->height * t->width;
-    for (int64_t c = 0; c < t->channels; c++) {
-        __m512 sum = _mm512_setzero_ps();
-        for (int i = 0; i < 4; i++) {
-            __m512 line = _mm512_setzero_ps();
-            for (int j = 0; j < 4; j++) {
-                __m512 pixels = _mm512_i32gather_ps(_mm512_add_epi32(rows[i], columns[j]), x + c * plane, 4);
-                line = _mm512_fmadd_ps(pixels, across[j], line);
-            }
-            sum = _mm512_fmadd_ps(line, along[i], sum);
-        }
-        if (t->cubic) sum = keep(sum);  // a cubic overshoots at sharp edges
-        _mm512_mask_storeu_ps(y + c * plane, mask, sum);
+        __m512i columns = bring_inside(_mm512_add_ps(column, all(k - 1.0f)), (float)t->width, t->fill, &across[k]);
+        __m512i rows = bring_inside(_mm512_add_ps(row, all(k - 1.0f)), (float)t->height, t->fill, &along[k]);
+        _mm512_storeu_si512(s->columns[k], columns);
+        _mm512_storeu_si512(s->rows[k], _mm512_mullo_epi32(rows, _mm512_set1_epi32((int)t->width)));
+        _mm512_storeu_ps(s->across[k], across[k]);
+        _mm512_storeu_ps(s->along[k], along[k]);
     }
 }
 
-// `map` takes a place, from -1 to 1 on both axes, to its source, likewise.
-static void move(const float *x, const Transforms *t, const float map[6], float *y) {
+// All channels of one place at once: gathering sixteen places of one channel takes four times as long.
+ALWAYS __m128 sample(const float *pixels, const Sources *s, int64_t lane) {
+    __m128 sum = _mm_setzero_ps();
+    for (int i = 0; i < 4; i++) {
+        const float *row = pixels + 4 * (int64_t)s->rows[i][lane];
+        __m128 line = _mm_setzero_ps();
+        for (int j = 0; j < 4; j++)
+            line = _mm_fmadd_ps(_mm_loadu_ps(row + 4 * s->columns[j][lane]), _mm_set1_ps(s->across[j][lane]), line);
+        sum = _mm_fmadd_ps(line, _mm_set1_ps(s->along[i][lane]), sum);
+    }
+    return sum;
+}
+
+// `map` takes a place, from -1 to 1 on both axes, to its source, likewise. `pixels` has room for four numbers a pixel.
+static void move(const float *x, const Transforms *t, const float map[6], float *pixels, float *y) {
     const __m512 lanes = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     float height = (float)t->height, width = (float)t->width;
+    int64_t plane = t->height * t->width;
+    for (int64_t p = 0; p < plane; p++)
+        for (int64_t c = 0; c < 4; c++) pixels[4 * p + c] = c < t->channels ? x[c * plane + p] : 0;
     for (int64_t i = 0; i < t->height; i++)
         for (int64_t j = 0; j < t->width; j += LANES) {
             __m512 across = _mm512_add_ps(lanes, all((float)j + 0.5f));
@@ -99,7 +109,16 @@ static void move(const float *x, const Transforms *t, const float map[6], float 
             __m512 down = _mm512_fmadd_ps(across, all(map[3]), all(map[4] * along + map[5]));
             right = _mm512_fmadd_ps(right, all(width / 2), all((width - 1) / 2));
             down = _mm512_fmadd_ps(down, all(height / 2), all((height - 1) / 2));
-            sample(x, t, right, down, y + i * t->width + j, lanes_left(t->width - j));
+            Sources sources;
+            find(t, right, down, &sources);
+            for (int64_t lane = 0; lane < least(LANES, t->width - j); lane++) {
+                float found[4];
+                __m128 sum = sample(pixels, &sources, lane);
+                // A cubic overshoots at sharp edges.
+                if (t->cubic) sum = _mm_min_ps(_mm_set1_ps(1), _mm_max_ps(_mm_setzero_ps(), sum));
+                _mm_storeu_ps(found, sum);
+                for (int64_t c = 0; c < t->channels; c++) y[c * plane + i * t->width + j + lane] = found[c];
+            }
         }
 }
 
@@ -161,13 +180,14 @@ static void recolour(float *y, const Transforms *t, const Colours *f) {
     }
 }
 
-// Transforms x, (N, C, H, W) with C 1 or 3, into y; `maps` and `colours` hold those of every image.
-void dynaconv_transform(const float *x, const Transforms *t, const float *maps, const Colours *colours, float *y,
-                        int threads) {
-    int64_t size = t->channels * t->height * t->width;
+// Transforms x, (N, C, H, W) with C 1 or 3, into y; `maps` and `colours` hold those of every image. `pixels` is working
+// space, (threads, H, W, 4).
+void dynaconv_transform(const float *x, const Transforms *t, const float *maps, const Colours *colours, float *pixels,
+                        float *y, int threads) {
+    int64_t plane = t->height * t->width, size = t->channels * plane;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t n = 0; n < t->images; n++) {
-        move(x + n * size, t, maps + 6 * n, y + n * size);
+        move(x + n * size, t, maps + 6 * n, pixels + 4 * plane * omp_get_thread_num(), y + n * size);
         if (t->brightness || t->contrast || t->saturation || t->hue) recolour(y + n * size, t, colours + n);
     }
 }
