@@ -73,7 +73,7 @@ def test_figures_of_the_coursework_recipe_are_those_of_its_result():
         assert f"{seeds} seed{'s' if seeds > 1 else ''}" in text, where
 
 
-@pytest.mark.parametrize("recipe", ["fast92"])
+@pytest.mark.parametrize("recipe", ["fast92", "fast94"])
 def test_figures_of_the_fast_recipes_are_those_of_their_results(recipe):
     metrics = json.loads((RESULTS / f"{recipe}.json").read_text())["metrics"]
     readme, told = (ROOT / "README.md").read_text(), RECIPES[recipe].__doc__ or ""
@@ -103,7 +103,7 @@ def test_figures_of_the_seeds_of_fast92_are_those_of_their_result():
     assert document["recipe"]["data"]["validation_fraction"] == 0
 
 
-@pytest.mark.parametrize("name", ["fast92-all", "fast92", "race-96", "strong"])
+@pytest.mark.parametrize("name", ["fast92-all", "fast92", "fast94", "race-96", "strong"])
 def test_what_was_measured_are_the_recipes_as_they_are(name):
     document = json.loads((RESULTS / f"{name}.json").read_text())
     stored = document.get("recipe") or next(iter(document["recipes"].values()))
