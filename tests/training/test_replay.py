@@ -46,7 +46,7 @@ def test_off_cuda_the_network_runs_as_it_is():
 
 # torch's own tracing instantiates a class that torch itself says not to instantiate, and uses what it calls outdated.
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
-@pytest.mark.parametrize("recipe", ["coursework", "fast92", "fast96"])
+@pytest.mark.parametrize("recipe", ["coursework", "fast96"])
 def test_what_is_compiled_takes_the_whole_network_at_once(recipe):
     # Where a part could not be traced, torch would leave it out and say nothing.
     settings = dataclasses.replace(RECIPES[recipe]().model, widths=tuple([8] * len(RECIPES[recipe]().model.widths)))
