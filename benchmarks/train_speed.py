@@ -1,7 +1,7 @@
 """Times the training step of a recipe as it is against the plain one: literal mixture, float32, nothing of the engine.
 
-Command: python benchmarks/train_speed.py [RECIPE ...]    (all recipes if none is named)
-Needs: DYNACONV_DATA. Takes: three minutes for coursework, eight for fast92. Each contender runs in processes of its
+Command: python benchmarks/train_speed.py [RECIPE ...]    (all if none is named; larger ones need an accelerator)
+Needs: DYNACONV_DATA. Takes: four minutes for coursework, ten for fast92. Each contender runs in processes of its
 own, in turn, since the allocator's settings cannot be taken back. A step is what training does: transforms, forward,
 backward, update.
 """

@@ -97,14 +97,12 @@ def augment(images: torch.Tensor, settings: AugmentSettings, draws: Draws) -> to
     Returns:
         (N, C, H, W) float, 0 to 1.
     """
-    resamples = settings.interpolation != "nearest" and settings.translate
-    moves = bool(settings.degrees or settings.scale_min != 1 or settings.scale_max != 1 or resamples)
     if one_pass.fits(images, settings):
         maps = inverse_maps(draws, *images.shape[2:])
         colours = torch.stack([draws.brightness, draws.contrast, draws.saturation, draws.hue], dim=1)
         images = one_pass.transform(images, settings, maps, colours)
     else:
-        if moves:
+        if one_pass.resamples(settings):
             images = affine(images, draws, settings.interpolation, settings.fill)
         elif settings.translate or settings.flip:
             images = shift(images, draws, settings.fill)

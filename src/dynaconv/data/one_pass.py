@@ -12,12 +12,15 @@ FILLS = ("black", "border", "reflection")
 """By the number that `native/transforms.c` knows them by."""
 
 
+def resamples(settings: AugmentSettings) -> bool:
+    """Tells whether RandomAffine does more than mirror and shift by whole pixels."""
+    between = settings.interpolation != "nearest" and settings.translate
+    return bool(settings.degrees or settings.scale_min != 1 or settings.scale_max != 1 or between)
+
+
 def serves(settings: AugmentSettings) -> bool:
     """Tells whether images go through `transform` with these settings, where it can run."""
-    between = settings.interpolation in ("bilinear", "bicubic")
-    return between and bool(
-        settings.degrees or settings.translate or settings.scale_min != 1 or settings.scale_max != 1
-    )
+    return settings.interpolation != "nearest" and resamples(settings)
 
 
 def fits(images: torch.Tensor, settings: AugmentSettings) -> bool:
