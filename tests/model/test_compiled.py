@@ -30,6 +30,7 @@ CASES = [
     (4, 3, 24, 9, 8, (3, 1, 3, 1)),
     (6, 96, 64, 4, 4, (3, 1)),  # small maps, of which the 1x1 kernel is left to torch
     (5, 256, 208, 5, 4, (3, 3, 3)),  # gradients so large that threads share them
+    (3, 288, 304, 9, 3, (3,)),  # the same of one kernel, rows of an odd number of tiles
 ]
 
 
@@ -73,6 +74,13 @@ def pooled(inputs, kernels, weights, residual):
     return mix_compiled(inputs, kernels, weights, residual, pooled=True)
 
 
+@pytest.fixture(params=native.TILES)
+def tile(request, monkeypatch):
+    """Every size of tile, also where another one would be picked."""
+    monkeypatch.setattr(compiled, "pick_tile", lambda *shape: request.param)
+    return request.param
+
+
 def assert_near(found, expected, most=1e-2):
     """Compares results and gradients; a weight's is a sum over a whole image, of which little may be left."""
     distances = [
@@ -85,12 +93,30 @@ def assert_near(found, expected, most=1e-2):
 @needs_library
 @pytest.mark.parametrize("residual", ["none", "inputs", "another"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_as_the_literal_form_in_double_precision(case, residual):
+def test_as_the_literal_form_in_double_precision(case, residual, tile):
     *case, another = make_case(*case)
     residual = another if residual == "another" else residual
     found = gradients(mix_compiled, case, residual)
     assert found[0].dtype == torch.bfloat16
-    assert_near(found, gradients(literal, case, residual, precise=True))
+    assert_near(found, gradients(literal, case, residual, precise=True), {2: 1e-2, 4: 2e-2}[tile])
+
+
+@pytest.mark.parametrize(
+    ("size", "mixed", "tile"),
+    [
+        ((32, 32), 0, 4),
+        ((6, 6), 0, 2),
+        ((4, 4), 0, 4),
+        ((3, 3), 0, 4),
+        ((2, 2), 0, 2),
+        ((33, 2), 0, 2),
+        ((32, 32), 4, 4),
+        ((8, 8), 4, 2),
+    ],
+    ids=str,
+)
+def test_the_tiles_with_the_fewest_products(size, mixed, tile):
+    assert compiled.pick_tile(*size, mixed) == tile
 
 
 @needs_library
@@ -120,7 +146,7 @@ def test_a_1x1_kernel_is_mixed_in_on_maps_large_for_their_channels(monkeypatch, 
 @needs_library
 @pytest.mark.parametrize("residual", ["none", "inputs", "another"])
 @pytest.mark.parametrize("case", CASES, ids=str)
-def test_pooled_as_torch_pools(case, residual):
+def test_pooled_as_torch_pools(case, residual, tile):
     *case, another = make_case(*case)
     # The same residual as a tensor of its own: its gradient shows where the pooling took its numbers from.
     same = {"none": torch.zeros_like(another), "inputs": continue_channels(case[0], another.shape[1]).clone()}
@@ -149,7 +175,7 @@ def test_pooling_lets_no_nan_disappear():
 
 @needs_library
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_any_number_of_threads(threads):
+def test_any_number_of_threads(threads, tile):
     case = make_case(40, 24, 40, 9, 9, (3, 1, 3))[:3]
     before = torch.get_num_threads()
     outcomes = []
@@ -173,7 +199,7 @@ def test_a_gradient_that_nobody_wants_is_not_returned(sides, wanted):
     leaves[wanted].requires_grad_()
     mix_compiled(leaves[0], leaves[2:], leaves[1], leaves[0]).backward(another)
     assert [leaf.grad is not None for leaf in leaves] == [place == wanted for place in range(len(leaves))]
-    assert distance(leaves[wanted].grad, everything[1 + wanted]) < 1e-2
+    assert distance(leaves[wanted].grad, everything[1 + wanted]) < 2e-2
 
 
 @needs_library
@@ -411,7 +437,7 @@ def test_fewer_threads_than_were_asked_for_compute_the_same(case):
     code = (
         "import sys, torch; sys.path.insert(0, sys.argv[1]); from test_compiled import *; torch.set_num_threads(3)\n"
         f"*case, _ = make_case(*{case!r})\n"
-        "assert_near(gradients(mix_compiled, case, 'none'), gradients(literal, case, 'none', precise=True))"
+        "assert_near(gradients(mix_compiled, case, 'none'), gradients(literal, case, 'none', precise=True), 2e-2)"
     )
     here = str(Path(__file__).parent)
     environment = {**os.environ, "OMP_THREAD_LIMIT": "1", "OMP_NUM_THREADS": "3"}

@@ -21,8 +21,10 @@ import torch
 
 from dynaconv.folders import cache_folder
 
-SOURCES = ("mix.c", "gradients.c", "normalize.c", "stem.c", "transforms.c")
-HEADERS = ("winograd.h", "activation.h")
+SOURCES = ("tile2.c", "tile4.c", "products.c", "maps.c", "normalize.c", "stem.c", "transforms.c")
+HEADERS = ("winograd.h", "mix.h", "gradients.h", "products.h", "maps.h", "activation.h")
+TILES = (2, 4)
+"""Sides of the tiles of outputs that the convolution is compiled for."""
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
 BUILD_SECONDS = 120
 """A build takes seconds; one that hangs must not hold up a training for ever."""
@@ -31,7 +33,7 @@ _NOT_BUILT = "these could not be built"
 
 
 class Shape(ctypes.Structure):
-    """The sizes of one convolution: the struct of `winograd.h`."""
+    """The sizes of one convolution: the struct of `maps.h`."""
 
     _fields_ = [(name, ctypes.c_int64) for name in ("images", "height", "width", "channels", "outputs", "kernels")]
 
@@ -132,10 +134,12 @@ def _load(path: Path) -> ctypes.CDLL:
     loaded = ctypes.CDLL(str(path))
     pointer, number, threads = ctypes.c_void_p, ctypes.c_int64, ctypes.c_int
     shape = ctypes.POINTER(Shape)
-    loaded.dynaconv_transform_kernels.argtypes = [pointer, pointer, shape, ctypes.c_int, pointer, threads]
-    loaded.dynaconv_transform_kernels.restype = None
-    loaded.dynaconv_mix.argtypes = [*[pointer] * 6, number, *[pointer] * 4, shape, threads]
-    loaded.dynaconv_mix_gradients.argtypes = [*[pointer] * 6, shape, *[pointer] * 3, threads]
+    for tile in TILES:
+        transform = getattr(loaded, f"dynaconv_transform_kernels{tile}")
+        transform.argtypes, transform.restype = [pointer, pointer, shape, ctypes.c_int, pointer, threads], None
+        getattr(loaded, f"dynaconv_mix{tile}").argtypes = [*[pointer] * 6, number, *[pointer] * 4, shape, threads]
+        gradients = getattr(loaded, f"dynaconv_mix_gradients{tile}")
+        gradients.argtypes = [*[pointer] * 6, shape, *[pointer] * 3, threads]
     loaded.dynaconv_unpool.argtypes = [*[pointer] * 3, shape, threads]
     loaded.dynaconv_unpool.restype = None
     loaded.dynaconv_mix_once.argtypes = [pointer, pointer, number, number, threads, pointer, threads]

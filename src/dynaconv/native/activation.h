@@ -2,7 +2,7 @@
 
 #pragma once
 
-#include "winograd.h"
+#include "maps.h"
 
 enum { RELU = 1, SILU = 2 };
 

@@ -3,7 +3,7 @@
 // What `data/augment.py` does to a batch transform by transform, in the same order and with the same conventions, which
 // are those of torch's grid_sample without aligned corners and of torchvision's colour transforms.
 
-#include "winograd.h"
+#include "maps.h"
 
 enum { BLACK, BORDER, REFLECTION };
 

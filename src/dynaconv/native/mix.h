@@ -12,28 +12,21 @@ static void transform_kernel(const float *kernel, int64_t side, int64_t outputs,
     __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
     __m512i places = _mm512_mullo_epi32(lanes, _mm512_set1_epi32((int)step));
     const float *from = kernel + (mask ? row * row_step + column * step : 0);
-    __m512 zero = _mm512_setzero_ps(), half = _mm512_set1_ps(0.5f), g[9], rows_done[4][3];
+    __m512 zero = _mm512_setzero_ps(), g[9], columns_done[3][POINTS];
     for (int i = 0; i < 9; i++) {
         int place = side == 3 ? (turned ? 8 - i : i) : 0;
         g[i] = side == 3 || i == 4 ? _mm512_mask_i32gather_ps(zero, mask, places, from + place, 4) : zero;
     }
-    for (int j = 0; j < 3; j++) {
-        __m512 even = _mm512_mul_ps(half, _mm512_add_ps(g[j], g[6 + j])), odd = _mm512_mul_ps(half, g[3 + j]);
-        rows_done[0][j] = g[j], rows_done[1][j] = _mm512_add_ps(even, odd);
-        rows_done[2][j] = _mm512_sub_ps(even, odd), rows_done[3][j] = g[6 + j];
-    }
-    for (int i = 0; i < 4; i++) {
-        __m512 *r = rows_done[i], *p = to + 4 * i;
-        __m512 even = _mm512_mul_ps(half, _mm512_add_ps(r[0], r[2])), odd = _mm512_mul_ps(half, r[1]);
-        p[0] = r[0], p[1] = _mm512_add_ps(even, odd), p[2] = _mm512_sub_ps(even, odd), p[3] = r[2];
-    }
+    for (int j = 0; j < 3; j++) kernel_to_points((__m512[3]){g[j], g[3 + j], g[6 + j]}, columns_done[j]);
+    for (int i = 0; i < POINTS; i++)
+        kernel_to_points((__m512[3]){columns_done[0][i], columns_done[1][i], columns_done[2][i]}, to + POINTS * i);
 }
 
 // Transforms K kernels, (O, C, side, side) float32 with side 3 or 1, in pairs: to (F, C, K / 2, O) pairs of kernels
 // that are mixed, or for the one kernel of a convolution (s->kernels = 0) to (F, C / 2, O) pairs of channels. `turned`
 // gives those of the backward pass, with C and O exchanged. C and O are continued to a multiple of 16 by zeros.
-void dynaconv_transform_kernels(const float *const *kernels, const int64_t *sides, const Shape *s, int turned,
-                                uint32_t *to, int threads) {
+void OF_TILE(dynaconv_transform_kernels)(const float *const *kernels, const int64_t *sides, const Shape *s, int turned,
+                                         uint32_t *to, int threads) {
     int64_t rows = up(turned ? s->outputs : s->channels, LANES);
     int64_t columns = up(turned ? s->channels : s->outputs, LANES);
     int64_t at_once = s->kernels ? 1 : 2, pairs = s->kernels ? (s->kernels + 1) / 2 : 1;
@@ -58,19 +51,26 @@ void dynaconv_transform_kernels(const float *const *kernels, const int64_t *side
 // B' x B of one tile row, 16 channels at a time: to (F, tiles, channels), `stride` numbers from product to product.
 static void transform_rows(const Maps *maps, int64_t image, int64_t padded, int64_t tile_row, int64_t across, bf16 *to,
                            int64_t stride) {
+    int64_t y = TILE * tile_row - 1;
     for (int64_t c = 0; c < padded; c += LANES) {
         __mmask16 mask = lanes_left(maps->channels - c);
-        __m512 column[4][4], v[F];
-        read_column(maps, image, 2 * tile_row - 1, -1, c, mask, column[2]);
-        read_column(maps, image, 2 * tile_row - 1, 0, c, mask, column[3]);
+        __m512 column[POINTS][POINTS];
+        for (int x = 0; x < 2; x++) read_column(maps, image, y, x - 1, c, mask, column[TILE + x]);
         for (int64_t tile = 0; tile < across; tile++) {
 #pragma GCC unroll 16
-            for (int i = 0; i < 4; i++) column[0][i] = column[2][i], column[1][i] = column[3][i];
-            read_column(maps, image, 2 * tile_row - 1, 2 * tile + 1, c, mask, column[2]);
-            read_column(maps, image, 2 * tile_row - 1, 2 * tile + 2, c, mask, column[3]);
-            finish_tile(column, v);
+            for (int i = 0; i < POINTS; i++) column[0][i] = column[TILE][i], column[1][i] = column[TILE + 1][i];
 #pragma GCC unroll 16
-            for (int f = 0; f < F; f++) store(to + f * stride + tile * padded + c, v[f], 0xffff);
+            for (int x = 2; x < POINTS; x++) read_column(maps, image, y, TILE * tile + x - 1, c, mask, column[x]);
+#pragma GCC unroll 16
+            for (int i = 0; i < POINTS; i++) {
+                __m512 row[POINTS], v[POINTS];
+#pragma GCC unroll 16
+                for (int x = 0; x < POINTS; x++) row[x] = column[x][i];
+                to_points(row, v);
+#pragma GCC unroll 16
+                for (int j = 0; j < POINTS; j++)
+                    store(to + (POINTS * i + j) * stride + tile * padded + c, v[j], 0xffff);
+            }
         }
     }
 }
@@ -86,7 +86,7 @@ typedef struct {
 
 // Stores 2x2 outputs, or the largest of them and where it stood: the first of equals, and a NaN before all numbers.
 // They are compared before they are rounded, where torch compares what rounding has left.
-ALWAYS void store_tile(const __m512 values[4], const Shape *s, int64_t image, int64_t y, int64_t x, int64_t o,
+ALWAYS void store_window(const __m512 values[4], const Shape *s, int64_t image, int64_t y, int64_t x, int64_t o,
                        __mmask16 mask, const Finish *finish) {
     if (!finish->places) {
 #pragma GCC unroll 4
@@ -112,6 +112,26 @@ ALWAYS void store_tile(const __m512 values[4], const Shape *s, int64_t image, in
     _mm_mask_storeu_epi8(finish->places + place, mask, from);
 }
 
+// Multiplies 2x2 outputs by the scale, adds the residual, and stores them. Returns `product` and their inner product
+// with the probe before that.
+ALWAYS __m512 finish_window(__m512 window[4], const Shape *s, int64_t image, int64_t y, int64_t x, int64_t o,
+                            __mmask16 mask, __mmask16 shared, __m512 scale, __m512 product, const Finish *finish) {
+#pragma GCC unroll 4
+    for (int i = 0; i < 4; i++) {
+        if (finish->probe) {
+            __m512 other = read_place(finish->probe, image, y + i / 2, x + i % 2, o, mask);
+            product = _mm512_fmadd_ps(window[i], other, product);
+        }
+        window[i] = _mm512_mul_ps(window[i], scale);
+        if (shared) {
+            __m512 added = read_place(finish->residual, image, y + i / 2, x + i % 2, o, shared);
+            window[i] = _mm512_add_ps(window[i], added);
+        }
+    }
+    store_window(window, s, image, y, x, o, mask, finish);
+    return product;
+}
+
 // A' m A of one tile row, from (F, tiles, outputs) sums, times a scale, plus a residual. Returns their inner product
 // with the probe before either.
 static float write_rows(const float *sums, const Shape *s, int64_t padded, int64_t image, int64_t tile_row,
@@ -121,120 +141,35 @@ static float write_rows(const float *sums, const Shape *s, int64_t padded, int64
         __mmask16 mask = lanes_left(s->outputs - o), shared = 0;
         if (finish->residual) shared = mask & lanes_left(most(0, finish->residual->channels - o));
         for (int64_t tile = 0; tile < across; tile++) {
-            int64_t y = 2 * tile_row, x = 2 * tile;
-            __m512 half[2][4], out[4];
-#pragma GCC unroll 4
-            for (int j = 0; j < 4; j++) {
-                __m512 m[4];
-#pragma GCC unroll 4
-                for (int i = 0; i < 4; i++) m[i] = _mm512_loadu_ps(sums + (4 * i + j) * stride + tile * padded + o);
-                half[0][j] = _mm512_add_ps(_mm512_add_ps(m[0], m[1]), m[2]);
-                half[1][j] = _mm512_sub_ps(_mm512_sub_ps(m[1], m[2]), m[3]);
+            __m512 half[POINTS][TILE];
+#pragma GCC unroll 16
+            for (int j = 0; j < POINTS; j++) {
+                __m512 m[POINTS];
+#pragma GCC unroll 16
+                for (int i = 0; i < POINTS; i++)
+                    m[i] = _mm512_loadu_ps(sums + (POINTS * i + j) * stride + tile * padded + o);
+                from_points(m, half[j]);
             }
-#pragma GCC unroll 4
-            for (int i = 0; i < 2; i++) {
-                __m512 *h = half[i];
-                out[2 * i] = _mm512_add_ps(_mm512_add_ps(h[0], h[1]), h[2]);
-                out[2 * i + 1] = _mm512_sub_ps(_mm512_sub_ps(h[1], h[2]), h[3]);
-            }
-#pragma GCC unroll 4
-            for (int i = 0; i < 4; i++) {
-                if (finish->probe) {
-                    __m512 other = read_place(finish->probe, image, y + i / 2, x + i % 2, o, mask);
-                    product = _mm512_fmadd_ps(out[i], other, product);
+#pragma GCC unroll 16
+            for (int i = 0; i < TILE; i += 2) {  // two rows of outputs at a time: windows of 2x2
+                __m512 rows[2][TILE];
+#pragma GCC unroll 16
+                for (int below = 0; below < 2; below++) {
+                    __m512 m[POINTS];
+#pragma GCC unroll 16
+                    for (int j = 0; j < POINTS; j++) m[j] = half[j][i + below];
+                    from_points(m, rows[below]);
                 }
-                out[i] = _mm512_mul_ps(out[i], scale);
-                if (shared) {
-                    __m512 added = read_place(finish->residual, image, y + i / 2, x + i % 2, o, shared);
-                    out[i] = _mm512_add_ps(out[i], added);
+#pragma GCC unroll 16
+                for (int j = 0; j < TILE; j += 2) {
+                    __m512 window[4] = {rows[0][j], rows[0][j + 1], rows[1][j], rows[1][j + 1]};
+                    product = finish_window(window, s, image, TILE * tile_row + i, TILE * tile + j, o, mask, shared,
+                                            scale, product, finish);
                 }
             }
-            store_tile(out, s, image, y, x, o, mask, finish);
         }
     }
     return _mm512_reduce_add_ps(product);
-}
-
-// Mixes the kernels of two channels, (2, K / 2, outputs) pairs of kernels, for 16 outputs: 16 pairs of channels.
-ALWAYS __m512i mix_channels(const uint32_t *kernels, const uint32_t *weights, int64_t pairs, int v, const int vectors) {
-    __m512 low = _mm512_setzero_ps(), high = _mm512_setzero_ps();
-    for (int64_t k = 0; k < pairs; k++) {
-        const uint32_t *from = kernels + (k * vectors + v) * LANES;
-        __m512i a = _mm512_set1_epi32((int)weights[k]);
-        low = dot(low, _mm512_loadu_si512(from), a);
-        high = dot(high, _mm512_loadu_si512(from + pairs * vectors * LANES), a);
-    }
-    return interleave(low, high);
-}
-
-// Mixes the kernels of one product for 16 * `vectors` outputs: from (C, K / 2, outputs) to (C / 2, outputs).
-static void mix_panel(const uint32_t *kernels, const uint32_t *weights, int64_t pairs, int64_t channels, int vectors,
-                      uint32_t *panel) {
-    for (int64_t c = 0; c < channels; c += 2, kernels += 2 * pairs * vectors * LANES)
-        for (int v = 0; v < vectors; v++, panel += LANES)
-            _mm512_store_si512(panel, mix_channels(kernels, weights, pairs, v, vectors));
-}
-
-// sums[row][output] = sum over pairs of channels of tiles[row][pair] . panel[pair][output], for `rows` x 16 * `vectors`
-// of them. `mixed` pairs of kernels, if any, are mixed on the way instead: a panel for few rows is not worth writing.
-ALWAYS void multiply_rows(const uint32_t *tiles, int64_t tile_stride, const uint32_t *panel, const uint32_t *weights,
-                          int64_t mixed, int64_t pairs, float *sums, int64_t sum_stride, const int rows,
-                          const int vectors) {
-    __m512 sum[ROWS][PANEL];
-#pragma GCC unroll 6
-    for (int i = 0; i < rows; i++)
-#pragma GCC unroll 6
-        for (int v = 0; v < vectors; v++) sum[i][v] = _mm512_setzero_ps();
-    for (int64_t p = 0; p < pairs; p++) {
-        __m512i factor[PANEL];
-#pragma GCC unroll 6
-        for (int v = 0; v < vectors; v++)
-            factor[v] = mixed ? mix_channels(panel + 2 * p * mixed * vectors * LANES, weights, mixed, v, vectors)
-                              : _mm512_loadu_si512(panel + (p * vectors + v) * LANES);
-#pragma GCC unroll 6
-        for (int i = 0; i < rows; i++) {
-            __m512i tile = _mm512_set1_epi32((int)tiles[i * tile_stride + p]);
-#pragma GCC unroll 6
-            for (int v = 0; v < vectors; v++) sum[i][v] = dot(sum[i][v], factor[v], tile);
-        }
-    }
-#pragma GCC unroll 6
-    for (int i = 0; i < rows; i++)
-#pragma GCC unroll 6
-        for (int v = 0; v < vectors; v++) _mm512_storeu_ps(sums + i * sum_stride + v * LANES, sum[i][v]);
-}
-
-#define FOR_ROWS(rows, call, vectors)    \
-    switch (rows) {                      \
-        case 1: call(1, vectors); break; \
-        case 2: call(2, vectors); break; \
-        case 3: call(3, vectors); break; \
-        case 4: call(4, vectors); break; \
-        case 5: call(5, vectors); break; \
-        default: call(6, vectors);       \
-    }
-#define FOR_SIZES(rows, vectors, call)         \
-    switch (vectors) {                         \
-        case 1: FOR_ROWS(rows, call, 1) break; \
-        case 2: FOR_ROWS(rows, call, 2) break; \
-        case 3: FOR_ROWS(rows, call, 3) break; \
-        default: FOR_ROWS(rows, call, 4)       \
-    }
-
-// The same for any number of rows, of all channels; `panel` holds kernels to be mixed where `weights` are given.
-static void multiply(const uint32_t *tiles, int64_t channels, const uint32_t *panel, const uint32_t *weights,
-                     int64_t mixed, float *sums, int64_t sum_stride, int64_t rows, int vectors) {
-    for (int64_t row = 0; row < rows; row += ROWS) {
-        const uint32_t *from = tiles + row * channels / 2;
-        float *to = sums + row * sum_stride;
-#define MIXED(r, v) multiply_rows(from, channels / 2, panel, weights, mixed, channels / 2, to, sum_stride, r, v)
-#define PLAIN(r, v) multiply_rows(from, channels / 2, panel, NULL, 0, channels / 2, to, sum_stride, r, v)
-        if (weights) {
-            FOR_SIZES(least(ROWS, rows - row), vectors, MIXED)
-        } else {
-            FOR_SIZES(least(ROWS, rows - row), vectors, PLAIN)
-        }
-    }
 }
 
 // The convolution or mixture of x, (N, H, W, C), into y, (N, H, W, O).
@@ -246,8 +181,8 @@ static void multiply(const uint32_t *tiles, int64_t channels, const uint32_t *pa
 //   probe      (N, H, W, O), or none: to_scales, (N, tile rows), gets its inner product with the sums, unscaled
 //   y_places   (N, H / 2, W / 2, O), or none: y is then of this size, after max-pooling by 2x2, and this tells whence
 // Returns 0, or 1 where memory is short.
-int dynaconv_mix(const bf16 *x, const uint8_t *x_places, const uint32_t *kernels, const uint32_t *weights,
-                 const float *scales, const bf16 *residual, int64_t residual_channels, const bf16 *probe,
+int OF_TILE(dynaconv_mix)(const bf16 *x, const uint8_t *x_places, const uint32_t *kernels, const uint32_t *weights,
+                          const float *scales, const bf16 *residual, int64_t residual_channels, const bf16 *probe,
                  float *to_scales, bf16 *y, uint8_t *y_places, const Shape *s, int threads) {
     int64_t channels = up(s->channels, LANES), outputs = up(s->outputs, LANES), pairs = (s->kernels + 1) / 2;
     int64_t slots = s->kernels ? 2 * pairs : 1;  // halves of pairs that a channel takes
@@ -304,34 +239,4 @@ int dynaconv_mix(const bf16 *x, const uint8_t *x_places, const uint32_t *kernels
         free(space);
     }
     return failed;
-}
-
-// Undoes max-pooling: puts numbers, (N, H / 2, W / 2, O), where they were taken from in (N, H, W, O), zeros elsewhere.
-void dynaconv_unpool(const bf16 *numbers, const uint8_t *places, bf16 *to, const Shape *s, int threads) {
-    Maps maps = {numbers, places, s->height, s->width, s->outputs};
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t row = 0; row < s->images * s->height; row++)
-        for (int64_t x = 0; x < s->width; x++)
-            for (int64_t o = 0; o < s->outputs; o += LANES) {
-                __mmask16 mask = lanes_left(s->outputs - o);
-                __m512 values = read_place(&maps, row / s->height, row % s->height, x, o, mask);
-                store(to + (row * s->width + x) * s->outputs + o, values, mask);
-            }
-}
-
-// to = sum over k of weights[k] times kernels[k], all of `numbers` float32, into float32 or, where `rounded`, bfloat16:
-// each kernel is read once, and nothing but the sum is written.
-void dynaconv_mix_once(const float *const *kernels, const float *weights, int64_t count, int64_t numbers, int rounded,
-                       void *to, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t i = 0; i < numbers; i += LANES) {
-        __mmask16 mask = lanes_left(numbers - i);
-        __m512 sum = _mm512_setzero_ps();
-        for (int64_t k = 0; k < count; k++)
-            sum = _mm512_fmadd_ps(_mm512_set1_ps(weights[k]), _mm512_maskz_loadu_ps(mask, kernels[k] + i), sum);
-        if (rounded)
-            store((bf16 *)to + i, sum, mask);
-        else
-            _mm512_mask_storeu_ps((float *)to + i, mask, sum);
-    }
 }
