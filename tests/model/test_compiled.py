@@ -28,9 +28,11 @@ CASES = [
     (1, 64, 64, 3, 2, (3, 3, 1)),
     (2, 1, 1, 2, 2, (3,)),
     (4, 3, 24, 9, 8, (3, 1, 3, 1)),
+    (36, 16, 32, 10, 10, (3,)),  # rows of an odd number of tiles: pairs of them go on in the next row, and image
+    (6, 16, 32, 10, 10, (3, 3, 1)),  # the same, but that pairs stay in their image
     (6, 96, 64, 4, 4, (3, 1)),  # small maps, of which the 1x1 kernel is left to torch
     (5, 256, 208, 5, 4, (3, 3, 3)),  # gradients so large that threads share them
-    (3, 288, 304, 9, 3, (3,)),  # the same of one kernel, rows of an odd number of tiles
+    (3, 320, 304, 9, 3, (3,)),  # the same of one kernel, with tiles of 4
 ]
 
 
@@ -81,13 +83,13 @@ def tile(request, monkeypatch):
     return request.param
 
 
-def assert_near(found, expected, most=1e-2):
-    """Compares results and gradients; a weight's is a sum over a whole image, of which little may be left."""
+def assert_near(found, expected, most=1e-2, weights=2):
+    """Compares results and gradients; those of weights, at this place, are sums over a whole image that may cancel."""
     distances = [
         distance(*pair) if pair[1].any() else pair[0].norm().item() for pair in zip(found, expected, strict=True)
     ]
-    assert distances == pytest.approx([0] * len(found), abs=4 * most)
-    assert sorted(distances)[:-1] == pytest.approx([0] * (len(found) - 1), abs=most)
+    assert distances.pop(weights) < 4 * most
+    assert distances == pytest.approx([0] * len(distances), abs=most)
 
 
 @needs_library
@@ -161,7 +163,7 @@ def test_pooled_as_torch_pools(case, residual, tile):
     assert torch.equal(taken.bfloat16(), found[0])
     assert torch.equal(functional.avg_pool2d(unpooled.float() * 4, 2), back.float())
     expected = gradients(mix_compiled, case, another if residual == "another" else residual, gradient=unpooled)
-    assert_near(found[1:], expected[1:], 4e-3)
+    assert_near(found[1:], expected[1:], 4e-3, weights=1)
 
 
 @needs_library

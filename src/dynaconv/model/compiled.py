@@ -54,16 +54,16 @@ def mix(
         weights: (N, K) float32 or bfloat16.
         residual: (N, any, H, W), continued by channels of zeros or cut off; `inputs` itself costs the least.
         pooled: Takes the largest number of each window of 2x2, as `torch.nn.MaxPool2d(2)`, while the result is written:
-            a tile of the algorithm is such a window.
+            tiles of the algorithm are whole windows.
 
     Returns:
         (N, O, H, W) bfloat16, channels innermost; pooled (N, O, H / 2, W / 2). Can be differentiated once.
 
     Raises:
         ValueError: the shapes do not fit, or maps that are pooled are lower or narrower than two places.
-    Cost: N*C*O*H*W*9/4 multiply-adds on maps that tiles of 4x4 cover, else N*C*O*H*W*4, of mixed kernels K*N*C*O*36 or
-    K*N*C*O*16 more; keeps nothing but its arguments, and where pooled a byte for every number of the result, for the
-    backward pass.
+    Cost: N*C*O*H*W*9/4 multiply-adds by tiles of 4x4, N*C*O*H*W*4 by those of 2x2 (see `pick_tile`), of mixed kernels
+    K*N*C*O*36 or K*N*C*O*16 more; keeps nothing but its arguments, and where pooled a byte for every number of the
+    result, for the backward pass.
     """
     _check_shapes(inputs, kernels, weights, residual, pooled)
     is_shortcut = residual is inputs

@@ -1,4 +1,6 @@
-// The way back to the kernels and to the weights that mix them.
+// The way back to the kernels and to the weights that mix them: a part of tile2.c and of tile4.c.
+
+#pragma once
 
 #include "winograd.h"
 
@@ -18,22 +20,31 @@ static inline void find_tile(const Rows *r, int64_t tile, int64_t *image, int64_
     *image = row / r->down, *y = TILE * (row % r->down), *x = TILE * (tile - below * r->across);
 }
 
+// The inputs of a tile, by column and through B' from top to bottom; the first two columns are the last ones of the
+// tile on its left.
+ALWAYS void read_tile(const Maps *maps, int64_t image, int64_t y, int64_t x, int64_t channel, __mmask16 mask,
+                      const __m512 left[POINTS][POINTS], __m512 column[POINTS][POINTS]) {
+    for (int i = 0; i < 2; i++)
+        if (x > 0)
+            memcpy(column[i], left[TILE + i], sizeof column[i]);
+        else
+            read_column(maps, image, y - 1, i - 1, channel, mask, column[i]);
+#pragma GCC unroll 16
+    for (int i = 2; i < POINTS; i++) read_column(maps, image, y - 1, x + i - 1, channel, mask, column[i]);
+}
+
 // B' x B as `transform_rows`, of pairs of tiles: to (F, pairs, channels) pairs. What a missing tile holds here has no
 // gradient to be multiplied with.
 static void transform_pairs(const Rows *r, int64_t padded, int64_t chunk, uint32_t *to, int64_t stride) {
     for (int64_t c = 0; c < padded; c += LANES, to += LANES * chunk) {
         __mmask16 mask = lanes_left(r->maps->channels - c);
+        __m512 column[2][POINTS][POINTS];
         for (int64_t pair = 0; pair < pairs_of(r); pair++) {
-            __m512 column[2][POINTS][POINTS];
-            int64_t image[2], y[2], x[2];
-            for (int i = 0; i < 2; i++) find_tile(r, 2 * pair + i, image + i, y + i, x + i);
-#pragma GCC unroll 16
-            for (int i = 0; i < POINTS; i++)
-                read_column(r->maps, image[0], y[0] - 1, x[0] + i - 1, c, mask, column[0][i]);
-            int shared = x[1] == x[0] + TILE ? 2 : 0;  // columns of neighbours
-            for (int i = 0; i < shared; i++) memcpy(column[1][i], column[0][TILE + i], sizeof column[0][0]);
-            for (int i = shared; i < POINTS; i++)
-                read_column(r->maps, image[1], y[1] - 1, x[1] + i - 1, c, mask, column[1][i]);
+            for (int i = 0; i < 2; i++) {
+                int64_t image, y, x;
+                find_tile(r, 2 * pair + i, &image, &y, &x);
+                read_tile(r->maps, image, y, x, c, mask, column[1 - i], column[i]);
+            }
 #pragma GCC unroll 16
             for (int i = 0; i < POINTS; i++) {
                 __m512 row[POINTS], v[2][POINTS];
@@ -113,7 +124,7 @@ static const int64_t MOST_SUMS = (int64_t)12 << 20;  // bytes of a thread's own 
 // The gradients of `dynaconv_mix` with x from that of its result, dy, (N, H, W, O): towards the kernels,
 // (O, C, side, side) float32 each, and where kernels are mixed towards the weights, (N, K) float32 with K rounded up
 // to a pair. Scales are those of the sums; places, if any, those that max-pooling took the result from.
-// Returns 0, or 1 where memory is short.
+// Of mixed kernels `compiled.py` asks tiles of 2 alone. Returns 0, or 1 where memory is short.
 int OF_TILE(dynaconv_mix_gradients)(const bf16 *x, const bf16 *dy, const uint8_t *places, const uint32_t *kernels,
                                     const uint32_t *weights, const float *scales, const Shape *s, const int64_t *sides,
                                     float *const *to_kernels, float *to_weights, int threads) {
@@ -122,9 +133,11 @@ int OF_TILE(dynaconv_mix_gradients)(const bf16 *x, const bf16 *dy, const uint8_t
     int64_t panels = (outputs + PANEL * LANES - 1) / (PANEL * LANES), space = F * slots * channels * outputs;
     // Threads take chunks of their own, into sums of their own, which are added up afterwards; where those would be
     // larger than the caches, all threads share each chunk, and each takes some of the only sums.
-    int64_t teams = space * 4 < MOST_SUMS ? threads : 1, there = 1;
+    int64_t teams = space * 4 < MOST_SUMS ? threads : 1, running = 1;
     Plan p = plan(s, F * 2 * (channels + outputs), space * 4, (int)teams);
-    int64_t most_places = p.rows_at_once * ((p.tiles_across + 1) / 2);
+    // Pairs of a mixed kernel stay in their image, of which a chunk may have a part alone.
+    int64_t most_places = pairs ? p.rows_at_once * ((p.tiles_across + 1) / 2)
+                                : (p.rows_at_once * p.tiles_across + 1) / 2;
     int64_t tile_step = most_places * channels + 16, product_step = most_places * outputs + 16;
     float *spaces = aligned_alloc(64, teams * space * 4), *all_shares = zeros(threads * shares * LANES);
     uint32_t *maps = aligned_alloc(64, up(teams * F * (tile_step + product_step) * 4, 64));
@@ -136,18 +149,23 @@ int OF_TILE(dynaconv_mix_gradients)(const bf16 *x, const bf16 *dy, const uint8_t
         {
 #pragma omp single
             {
-                there = omp_get_num_threads();  // which may be fewer than were asked for
-                teams = least(teams, there);
+                running = omp_get_num_threads();  // which may be fewer than were asked for
+                teams = least(teams, running);
             }
-            int64_t members = teams > 1 ? 1 : there;
+            int64_t members = teams > 1 ? 1 : running;
             int64_t team = omp_get_thread_num() / members, member = omp_get_thread_num() % members, chunk = team;
             uint32_t *tiles = maps + team * F * (tile_step + product_step), *products = tiles + F * tile_step;
             float *sums = spaces + team * space, *share = all_shares + omp_get_thread_num() * shares * LANES;
             Segment *segments = all_segments + omp_get_thread_num() * p.rows_at_once;
             for (; chunk < p.chunks; chunk += teams) {
                 int64_t first = chunk * p.rows_at_once, last = least(s->images * p.tile_rows, first + p.rows_at_once);
-                for (int64_t row = first, stop, start = 0, turn = 0; row < last; row = stop) {
-                    stop = pairs ? least(last, (row / p.tile_rows + 1) * p.tile_rows) : last;
+                int64_t count = 0, start = 0, turn = 0;
+                for (int64_t row = first, stop; row < last; row = stop) {
+                    int64_t image = row / p.tile_rows;
+                    stop = pairs ? least(last, (image + 1) * p.tile_rows) : last;
+                    Segment *segment = segments + count++;
+                    *segment = (Segment){tiles + start * LANES, products + start * LANES, weights + image * pairs,
+                                         share + image * 2 * pairs * LANES, 0};
                     for (int64_t r = row; r < stop; r += 2, turn++) {
                         Rows rows = {&inputs, r, least(2, stop - r), p.tile_rows, p.tiles_across};
                         if (turn % members == member) {
@@ -155,33 +173,22 @@ int OF_TILE(dynaconv_mix_gradients)(const bf16 *x, const bf16 *dy, const uint8_t
                             rows.maps = &back;
                             spread_pairs(&rows, outputs, most_places, scales, products + start * LANES, product_step);
                         }
-                        start += pairs_of(&rows);
+                        segment->places += pairs_of(&rows), start += pairs_of(&rows);
                     }
                 }
                 if (members > 1) {
 #pragma omp barrier
                 }
                 for (int64_t part = member; part < F * panels; part += members) {
-                    int64_t f = part / panels, o = part % panels * PANEL * LANES, count = 0;
+                    int64_t f = part / panels, o = part % panels * PANEL * LANES;
                     int vectors = (int)least(PANEL, (outputs - o) / LANES);
-                    for (int64_t row = first, stop, start = 0, length; row < last; row = stop, start += length) {
-                        int64_t image = row / p.tile_rows, place = start * LANES;
-                        stop = pairs ? least(last, (image + 1) * p.tile_rows) : last;
-                        length = ((stop - row) * p.tiles_across + 1) / 2;
-                        segments[count++] = (Segment){
-                            tiles + f * tile_step + place,
-                            products + f * product_step + o * most_places + place,
-                            weights + image * pairs,
-                            share + image * 2 * pairs * LANES,
-                            length,
-                        };
-                    }
                     for (int64_t c = 0; c < channels; c += FEW) {
                         int64_t place = (f * outputs + o) * channels + c * vectors * LANES;
                         float *to = sums + place * slots;
                         if (chunk == team) memset(to, 0, FEW * slots * vectors * LANES * 4);
-                        add_gradients(segments, count, c / LANES * LANES * most_places + c % LANES,
-                                      most_places * LANES, kernels + place * pairs, s->kernels, pairs, to, vectors);
+                        Offsets there = {f * tile_step + c / LANES * LANES * most_places + c % LANES,
+                                         f * product_step + o * most_places, most_places * LANES};
+                        add_gradients(segments, count, &there, kernels + place * pairs, s->kernels, pairs, to, vectors);
                     }
                 }
                 if (members > 1) {

@@ -1,4 +1,7 @@
-// The way forward: transforms of kernels and maps, products, and the way back from products to maps.
+// The way forward: transforms of kernels and maps, products, and the way from products to maps. A part of tile2.c and
+// of tile4.c.
+
+#pragma once
 
 #include "winograd.h"
 
@@ -183,7 +186,7 @@ static float write_rows(const float *sums, const Shape *s, int64_t padded, int64
 // Returns 0, or 1 where memory is short.
 int OF_TILE(dynaconv_mix)(const bf16 *x, const uint8_t *x_places, const uint32_t *kernels, const uint32_t *weights,
                           const float *scales, const bf16 *residual, int64_t residual_channels, const bf16 *probe,
-                 float *to_scales, bf16 *y, uint8_t *y_places, const Shape *s, int threads) {
+                          float *to_scales, bf16 *y, uint8_t *y_places, const Shape *s, int threads) {
     int64_t channels = up(s->channels, LANES), outputs = up(s->outputs, LANES), pairs = (s->kernels + 1) / 2;
     int64_t slots = s->kernels ? 2 * pairs : 1;  // halves of pairs that a channel takes
     Plan p = plan(s, F * (2 * channels + 4 * outputs), 2 * F * slots * channels * outputs, threads);

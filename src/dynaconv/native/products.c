@@ -1,3 +1,5 @@
+// The innermost loops: maps with kernels, and maps with gradients towards kernels.
+
 #include "products.h"
 
 // Mixes the kernels of two channels, (2, K / 2, outputs) pairs of kernels, for 16 outputs: 16 pairs of channels.
@@ -83,16 +85,16 @@ void multiply(const uint32_t *tiles, int64_t channels, const uint32_t *panel, co
 }
 
 // The gradient of a mixed kernel, 4 channels x 16 * `vectors` outputs of one product, over `places` pairs of tiles.
-ALWAYS void sum_products(const uint32_t *tiles, const uint32_t *products, int64_t product_step, int64_t places,
-                         __m512 sum[FEW][PANEL], const int vectors) {
+ALWAYS void sum_products(const Segment *rows, const Offsets *at, __m512 sum[FEW][PANEL], const int vectors) {
+    const uint32_t *tiles = rows->tiles + at->tiles, *products = rows->products + at->products;
 #pragma GCC unroll 4
     for (int i = 0; i < FEW; i++)
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; v++) sum[i][v] = _mm512_setzero_ps();
-    for (int64_t p = 0; p < places; p++) {
+    for (int64_t p = 0; p < rows->places; p++) {
         __m512i factor[PANEL];
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; v++) factor[v] = _mm512_load_si512(products + v * product_step + p * LANES);
+        for (int v = 0; v < vectors; v++) factor[v] = _mm512_load_si512(products + v * at->step + p * LANES);
 #pragma GCC unroll 4
         for (int i = 0; i < FEW; i++) {
             __m512i tile = _mm512_set1_epi32((int)tiles[p * LANES + i]);
@@ -125,11 +127,11 @@ ALWAYS void share_with_weights(__m512 sum[FEW][PANEL], const uint32_t *kernels, 
 }
 
 // Of a convolution the gradient goes to the one kernel as it is.
-ALWAYS void add_whole(const Segment *rows, int64_t offset, int64_t product_step, float *to_kernel, const int vectors) {
+ALWAYS void add_whole(const Segment *rows, const Offsets *at, float *to_kernel, const int vectors) {
     __m512 sum[FEW][PANEL];
     // On their way from afar while the sums are made: a fifth of the time.
     for (int i = 0; i < FEW * vectors; i++) __builtin_prefetch(to_kernel + i * LANES, 1);
-    sum_products(rows->tiles + offset, rows->products, product_step, rows->places, sum, vectors);
+    sum_products(rows, at, sum, vectors);
 #pragma GCC unroll 4
     for (int i = 0; i < FEW; i++)
 #pragma GCC unroll 4
@@ -141,11 +143,11 @@ ALWAYS void add_whole(const Segment *rows, int64_t offset, int64_t product_step,
 
 // The gradient of one image's mixed kernel, shared out among the K kernels and weights: to_kernels_k += a_k times it,
 // to_weights_k += its inner product with kernel k.
-ALWAYS void share_out(const Segment *image, int64_t offset, int64_t product_step, const uint32_t *kernels,
-                      int64_t count, int64_t pairs, float *to_kernels, const int vectors) {
+ALWAYS void share_out(const Segment *image, const Offsets *at, const uint32_t *kernels, int64_t count, int64_t pairs,
+                      float *to_kernels, const int vectors) {
     const uint32_t *weights = image->weights;
     __m512 sum[FEW][PANEL];
-    sum_products(image->tiles + offset, image->products, product_step, image->places, sum, vectors);
+    sum_products(image, at, sum, vectors);
     for (int64_t k = 0; k < count; k += 2, weights++) {
         __m512i both = _mm512_set1_epi32((int)*weights);
         __m512 first = first_of(both), second = second_of(both);
@@ -186,18 +188,18 @@ ALWAYS void share_out(const Segment *image, int64_t offset, int64_t product_step
 
 // The same for two images in one product of pairs, so that K gradients are read and written once for both: where an
 // image has few tiles, that is most of what this costs. It pays from three kernels on.
-ALWAYS void share_out_two(const Segment images[2], int64_t offset, int64_t product_step, const uint32_t *kernels,
-                          int64_t count, int64_t pairs, float *to_kernels, const int vectors) {
+ALWAYS void share_out_two(const Segment images[2], const Offsets *at, const uint32_t *kernels, int64_t count,
+                          int64_t pairs, float *to_kernels, const int vectors) {
     __m512 sum[FEW][PANEL];
     __m512i both[FEW][PANEL];
     float kept[FEW * PANEL * LANES] __attribute__((aligned(64)));
-    sum_products(images[0].tiles + offset, images[0].products, product_step, images[0].places, sum, vectors);
+    sum_products(images, at, sum, vectors);
     share_with_weights(sum, kernels, count, pairs, images[0].to_weights, vectors);
 #pragma GCC unroll 4
     for (int i = 0; i < FEW; i++)
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; v++) _mm512_store_ps(kept + (i * vectors + v) * LANES, sum[i][v]);
-    sum_products(images[1].tiles + offset, images[1].products, product_step, images[1].places, sum, vectors);
+    sum_products(images + 1, at, sum, vectors);
     share_with_weights(sum, kernels, count, pairs, images[1].to_weights, vectors);
 #pragma GCC unroll 4
     for (int i = 0; i < FEW; i++)
@@ -219,22 +221,22 @@ ALWAYS void share_out_two(const Segment images[2], int64_t offset, int64_t produ
     }
 }
 
-// Adds up the gradients of `rows` segments towards 4 channels, whose tiles lie `offset` further on.
-ALWAYS void add_to_panel(const Segment *segments, int64_t rows, int64_t offset, int64_t product_step,
-                         const uint32_t *kernels, int64_t count, int64_t pairs, float *to, const int vectors) {
+// Adds up the gradients of `rows` segments towards 4 channels and the outputs of a panel.
+ALWAYS void add_to_panel(const Segment *segments, int64_t rows, const Offsets *at, const uint32_t *kernels,
+                         int64_t count, int64_t pairs, float *to, const int vectors) {
     int64_t row = 0;
     if (!pairs)
-        for (; row < rows; row++) add_whole(segments + row, offset, product_step, to, vectors);
+        for (; row < rows; row++) add_whole(segments + row, at, to, vectors);
     if (count > 2)
         for (; row + 1 < rows; row += 2)
-            share_out_two(segments + row, offset, product_step, kernels, count, pairs, to, vectors);
-    for (; row < rows; row++) share_out(segments + row, offset, product_step, kernels, count, pairs, to, vectors);
+            share_out_two(segments + row, at, kernels, count, pairs, to, vectors);
+    for (; row < rows; row++) share_out(segments + row, at, kernels, count, pairs, to, vectors);
 }
 
 // The same for a number of vectors that is not known before.
-void add_gradients(const Segment *segments, int64_t rows, int64_t offset, int64_t product_step, const uint32_t *kernels,
-                   int64_t count, int64_t pairs, float *to, int vectors) {
-#define CALL(v) add_to_panel(segments, rows, offset, product_step, kernels, count, pairs, to, v)
+void add_gradients(const Segment *segments, int64_t rows, const Offsets *at, const uint32_t *kernels, int64_t count,
+                   int64_t pairs, float *to, int vectors) {
+#define CALL(v) add_to_panel(segments, rows, at, kernels, count, pairs, to, v)
     switch (vectors) {
         case 1: CALL(1); break;
         case 2: CALL(2); break;
