@@ -142,10 +142,10 @@ typedef struct {
     int64_t tile_rows, tiles_across, rows_at_once, chunks;
 } Plan;
 
-// A chunk is as large as the transformed kernels that it goes through, so that those are read about as often as the
-// chunk is, within what the caches of one core and of all cores hold: measured, and flat around that.
+// A chunk is half as large as the transformed kernels that it goes through, so that those are read about as often as
+// the chunk is written and read, within what the caches of one core and of all cores hold: measured (docs/log.md).
 static inline Plan plan(const Shape *s, int64_t bytes_per_tile, int64_t kernel_bytes, int threads) {
-    int64_t chunk_bytes = most((int64_t)1 << 20, least(kernel_bytes, (int64_t)1 << 23));
+    int64_t chunk_bytes = most((int64_t)1 << 19, least(kernel_bytes / 2, (int64_t)1 << 23));
     Plan p = {(s->height + TILE - 1) / TILE, (s->width + TILE - 1) / TILE, 0, 0};
     int64_t rows = s->images * p.tile_rows;
     int64_t wanted = most(1, least(chunk_bytes / (bytes_per_tile * p.tiles_across), rows / (2 * threads)));
