@@ -2,7 +2,7 @@
 
 There is nothing to install. Where the processor lacks the instructions, or the machine a compiler, `library` returns
 None and torch's functions are taken instead: the same results but for the last digits of the number format; the
-convolutions are about 1.4 times as slow, the transforms eight times.
+convolutions are about twice as slow, the transforms eight times.
 """
 
 import ctypes
@@ -85,7 +85,7 @@ def advice() -> str | None:
     if reason is None or not reason.startswith(_NOT_BUILT):
         return None
     return (
-        f"Training goes through torch's own functions, about 1.4 times as slow as dynaconv's: {reason}. To have these "
+        f"Training goes through torch's own functions, about half as fast as dynaconv's: {reason}. To have these "
         "built, install a C compiler with OpenMP, such as gcc, or name one in CC."
     )
 
