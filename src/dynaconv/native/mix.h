@@ -90,7 +90,7 @@ typedef struct {
 // Stores 2x2 outputs, or the largest of them and where it stood: the first of equals, and a NaN before all numbers.
 // They are compared before they are rounded, where torch compares what rounding has left.
 ALWAYS void store_window(const __m512 values[4], const Shape *s, int64_t image, int64_t y, int64_t x, int64_t o,
-                       __mmask16 mask, const Finish *finish) {
+                         __mmask16 mask, const Finish *finish) {
     if (!finish->places) {
 #pragma GCC unroll 4
         for (int i = 0; i < 4; i++)
