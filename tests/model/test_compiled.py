@@ -76,9 +76,11 @@ def pooled(inputs, kernels, weights, residual):
     return mix_compiled(inputs, kernels, weights, residual, pooled=True)
 
 
-@pytest.fixture(params=native.TILES)
+@pytest.fixture(params=[compiled.DIRECT, *native.TILES])
 def tile(request, monkeypatch):
     """Every size of tile, also where another one would be picked."""
+    if request.param == compiled.DIRECT and not native.has_matrix_tiles():
+        pytest.skip("the processor has no matrix tiles")
     monkeypatch.setattr(compiled, "pick_tile", lambda *shape: request.param)
     return request.param
 
@@ -100,7 +102,9 @@ def test_as_the_literal_form_in_double_precision(case, residual, tile):
     residual = another if residual == "another" else residual
     found = gradients(mix_compiled, case, residual)
     assert found[0].dtype == torch.bfloat16
-    assert_near(found, gradients(literal, case, residual, precise=True), {2: 1e-2, 4: 2e-2}[tile])
+    assert_near(
+        found, gradients(literal, case, residual, precise=True), {compiled.DIRECT: 1e-2, 2: 1e-2, 4: 2e-2}[tile]
+    )
 
 
 @pytest.mark.parametrize(
@@ -117,7 +121,8 @@ def test_as_the_literal_form_in_double_precision(case, residual, tile):
     ],
     ids=str,
 )
-def test_the_tiles_with_the_fewest_products(size, mixed, tile):
+def test_the_tiles_with_the_fewest_products(monkeypatch, size, mixed, tile):
+    monkeypatch.setattr(native, "has_matrix_tiles", lambda: False)
     assert compiled.pick_tile(*size, mixed) == tile
 
 
@@ -134,6 +139,7 @@ def test_the_tiles_with_the_fewest_products(size, mixed, tile):
     ],
 )
 def test_a_1x1_kernel_is_mixed_in_on_maps_large_for_their_channels(monkeypatch, channels, outputs, side, sides, taken):
+    monkeypatch.setattr(native, "has_matrix_tiles", lambda: False)
     seen = []
     real = compiled.mix
     monkeypatch.setattr(
@@ -311,7 +317,6 @@ def test_the_kernels_of_a_single_image_are_mixed_once(sides, memory_format):
     [
         ({}, "no AVX-512"),
         ({"avx512_bf16": False}, "no AVX-512"),
-        ({"avx512_bf16": True, "amx_bf16": True}, "matrix tiles"),
     ],
     ids=str,
 )

@@ -33,7 +33,9 @@ def run(maps, norm, activation, precise):
     maps = (maps.double() if precise else maps.clone()).requires_grad_()
     activate = ACTIVATIONS[activation]
     with torch.autocast("cpu", torch.bfloat16, enabled=not precise):
-        result = activate(norm.double()(maps)) if precise else normalize_and_activate(norm, maps, activation, activate)
+        result = (
+            activate(norm.double()(maps)) if precise else normalize_and_activate(norm, maps, activation, activate)[0]
+        )
     result.backward(torch.randn(result.shape, generator=torch.Generator().manual_seed(2)).bfloat16().to(result.dtype))
     return [result.detach(), maps.grad, norm.weight.grad, norm.bias.grad, norm.running_mean, norm.running_var]
 
@@ -59,7 +61,7 @@ def test_in_evaluation_by_the_running_statistics(activation):
     norm.eval()
     before = norm.running_mean.clone()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        found = normalize_and_activate(norm, maps, activation, activate)
+        found = normalize_and_activate(norm, maps, activation, activate)[0]
     assert distance(found, activate(norm(maps.float())).detach()) < 1e-2
     assert torch.equal(norm.running_mean, before)
     assert int(norm.num_batches_tracked) == 1
@@ -69,7 +71,7 @@ def test_in_evaluation_by_the_running_statistics(activation):
 def test_gradients_through_fixed_statistics_are_torchs():
     norm, maps = make_norm(24).eval(), make_maps(5, 24, 6, 6).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):
-        normalize_and_activate(norm, maps, "relu", ACTIVATIONS["relu"]).sum().backward()
+        normalize_and_activate(norm, maps, "relu", ACTIVATIONS["relu"])[0].sum().backward()
     assert maps.grad.abs().sum() > 0
 
 
@@ -79,7 +81,7 @@ def test_no_nan_disappears(activation):
     maps = make_maps(2, 16, 4, 4)
     maps[1, 5, 2, 2] = torch.nan
     with torch.autocast("cpu", torch.bfloat16):
-        assert normalize_and_activate(make_norm(16), maps, activation, ACTIVATIONS[activation])[:, 5].isnan().all()
+        assert normalize_and_activate(make_norm(16), maps, activation, ACTIVATIONS[activation])[0][:, 5].isnan().all()
 
 
 @needs_library
@@ -87,12 +89,12 @@ def test_large_numbers_do_not_overflow_the_exponential():
     norm = nn.BatchNorm2d(16).eval()
     maps = torch.linspace(-300, 300, 16 * 32).view(1, 16, 4, 8).bfloat16()
     with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
-        found = normalize_and_activate(norm, maps, "silu", ACTIVATIONS["silu"])
+        found = normalize_and_activate(norm, maps, "silu", ACTIVATIONS["silu"])[0]
     expected = nn.functional.silu(norm(maps.float())).detach()
     torch.testing.assert_close(found.float(), expected, rtol=1e-2, atol=1e-6)
 
 
 def test_float32_is_torchs_own():
     maps = make_maps(3, 16, 4, 4).float()
-    found = normalize_and_activate(make_norm(16), maps, "relu", ACTIVATIONS["relu"])
+    found = normalize_and_activate(make_norm(16), maps, "relu", ACTIVATIONS["relu"])[0]
     assert torch.equal(found, torch.relu(make_norm(16)(maps)))

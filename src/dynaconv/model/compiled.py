@@ -11,22 +11,19 @@ Letters: N images, C channels in, O channels out, H W map, K convolutions.
 Source: Lavin and Gray, Fast Algorithms for Convolutional Neural Networks (arXiv:1509.09308).
 """
 
-import ctypes
 from collections.abc import Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch.autograd.function import once_differentiable
-from torch.nn import functional
 
 from dynaconv import native
+from dynaconv.model import compiled_direct, compiled_winograd
+from dynaconv.model.compiled_maps import Pooled, empty_maps, innermost, loaded, unpool
 from dynaconv.model.layout import continue_channels
 
-_FLOATS: Any = {"dtype": torch.float32, "device": "cpu"}
-"""What the library writes, whatever torch's defaults have been set to."""
-
-LANES = 16
-"""Numbers in a vector: channels and outputs are continued to a multiple of it."""
+DIRECT = 1
+"""The tile of a convolution that is computed directly, place by place."""
 
 
 def computes(inputs: torch.Tensor) -> bool:
@@ -120,16 +117,16 @@ class _Mixture(torch.autograd.Function):
         weights: torch.Tensor,
         *kernels: torch.Tensor,
     ) -> torch.Tensor:
-        inputs = _innermost(inputs)
+        inputs = innermost(inputs)
         added = inputs if is_shortcut else residual
         if added is not None and added is not inputs:
-            added = _innermost(added.to(torch.bfloat16))
+            added = innermost(added.to(torch.bfloat16))
         images, _, height, width = inputs.shape
         outputs = len(kernels[0])
         size = (height // 2, width // 2) if pooled else (height, width)
         result = empty_maps(images, outputs, *size)
         places = empty_maps(images, outputs, *size, dtype=torch.uint8) if pooled else None
-        _convolve(_Pooled(inputs, None), kernels, weights, into=_Pooled(result, places), residual=added)
+        _convolve(Pooled(inputs, None), kernels, weights, into=Pooled(result, places), residual=added)
         ctx.save_for_backward(inputs, places, weights, *kernels)
         ctx.is_shortcut = is_shortcut
         ctx.residual = None if residual is None else (residual.shape[1], residual.dtype)
@@ -142,34 +139,35 @@ class _Mixture(torch.autograd.Function):
     ) -> tuple[torch.Tensor | None, ...]:
         inputs, places, weights, *kernels = ctx.saved_tensors
         wants_inputs, wants_residual, _, _, wants_weights, *wants_kernels = ctx.needs_input_grad
-        back = _Pooled(_innermost(gradient.to(torch.bfloat16)), places)
-        several = len(kernels) > 1
+        back = Pooled(innermost(gradient.to(torch.bfloat16)), places)
+        tile = pick_tile(*inputs.shape[2:], _mixed(kernels))
         to_inputs = to_weights = None
         to_kernels: list[torch.Tensor | None] = [None] * len(kernels)
-        if wants_inputs:
+        # What comes back of one kernel, before it is scaled, is also what its weight gets from each input.
+        probed = wants_weights and (tile == DIRECT or (wants_inputs and len(kernels) == 1))
+        if wants_inputs or probed:
             to_inputs = torch.empty_like(inputs, memory_format=torch.channels_last)
-            # With one kernel, what comes back before it is scaled is also what its weight gets from each input.
             to_weights = _convolve(
                 back,
                 kernels,
                 weights,
-                into=_Pooled(to_inputs, None),
+                into=Pooled(to_inputs, None),
                 turned=True,
                 residual=back.numbers if ctx.is_shortcut else None,
-                probe=None if several or not wants_weights else inputs,
+                probe=inputs if probed else None,
+                kept=wants_inputs,
             )
-        shared_out = wants_weights and to_weights is None
-        if any(wants_kernels) or shared_out:
-            found, of_weights = _gradients(inputs, back, kernels, weights, several or shared_out)
+        if any(wants_kernels) or (wants_weights and not probed):
+            found, of_weights = _gradients(inputs, back, kernels, weights, shared_out=wants_weights and not probed)
             to_kernels = [each.to(kernel.dtype) for each, kernel in zip(found, kernels, strict=True)]
             to_weights = of_weights if to_weights is None else to_weights
         to_residual = None
         if wants_residual:
             channels, dtype = ctx.residual
-            to_residual = continue_channels(_unpool(back, inputs.shape)[:, :channels], channels).to(dtype)
+            to_residual = continue_channels(unpool(back, inputs.shape)[:, :channels], channels).to(dtype)
         if to_weights is not None:
             to_weights = to_weights.to(weights.dtype)
-        return to_inputs, to_residual, None, None, to_weights, *to_kernels
+        return to_inputs if wants_inputs else None, to_residual, None, None, to_weights, *to_kernels
 
 
 def pick_tile(height: int, width: int, mixed: int = 0) -> int:
@@ -177,13 +175,21 @@ def pick_tile(height: int, width: int, mixed: int = 0) -> int:
 
     A tile of 4x4 outputs takes 36 products a channel and one of 2x2 takes 16, so that the larger one is for maps that
     it covers without much waste. Mixing each of `mixed` kernels for an image, if it is not one for all, costs about six
-    products at each of these points.
+    products at each of these points. Where the processor has tiles of its own, which multiply eight times as fast, all
+    is computed directly.
     """
+    if native.has_matrix_tiles():
+        return DIRECT
 
     def products(tile: int) -> int:
         return (tile + 2) ** 2 * (-(-height // tile) * -(-width // tile) + 6 * mixed)
 
     return min(native.TILES, key=products)
+
+
+def _mixed(kernels: Sequence[torch.Tensor]) -> int:
+    """Returns how many kernels are mixed for each image: none where there is one for all."""
+    return len(kernels) if len(kernels) > 1 else 0
 
 
 def _check_shapes(
@@ -203,128 +209,31 @@ def _check_shapes(
         raise ValueError(f"inputs, kernels and weights do not fit each other or the pooling: {shapes}")
 
 
-class _Pooled(NamedTuple):
-    """Maps, channels innermost; what max-pooling left of them, where `places` tells whence in its window."""
-
-    numbers: torch.Tensor
-    places: torch.Tensor | None
-
-
 def _convolve(
-    maps: _Pooled,
+    maps: Pooled,
     kernels: Sequence[torch.Tensor],
     weights: torch.Tensor,
-    into: _Pooled,
+    into: Pooled,
     turned: bool = False,
     residual: torch.Tensor | None = None,
     probe: torch.Tensor | None = None,
+    kept: bool = True,
 ) -> torch.Tensor | None:
-    """Writes the mixture of `maps` into maps; `turned`, of kernels with outputs and channels exchanged.
-
-    Returns:
-        With a probe, of the shape of the result, (N, 1) inner products of the probe and the sums before scaling.
-    """
-    images, channels, height, width = (into if maps.places is not None else maps).numbers.shape
-    if maps.places is not None:
-        channels = maps.numbers.shape[1]
-    several = len(kernels) > 1
-    tile = pick_tile(height, width, len(kernels) * several)
-    transformed = _transform(kernels, turned, several, tile)
-    mixing, scales = _mixing(weights, several)
-    products = None if probe is None else torch.empty(images, -(-height // tile), **_FLOATS)
-    failed = getattr(loaded(), f"dynaconv_mix{tile}")(
-        *(_address(each) for each in (*maps, transformed, mixing, scales, residual)),
-        0 if residual is None else residual.shape[1],
-        *(_address(each) for each in (probe, products, *into)),
-        native.Shape(images, height, width, channels, into.numbers.shape[1], len(kernels) * several),
-        torch.get_num_threads(),
-    )
-    check(failed)
-    return None if products is None else products.sum(1, keepdim=True)
+    """Writes the mixture of `maps` into maps: as `compiled_winograd.convolve`, by the tile that is picked."""
+    tile = pick_tile(*maps.size(into), _mixed(kernels))
+    if tile == DIRECT:
+        return compiled_direct.convolve(maps, kernels, weights, into, turned, residual, probe, kept)
+    return compiled_winograd.convolve(tile, maps, kernels, weights, into, turned, residual, probe)
 
 
 def _gradients(
-    inputs: torch.Tensor, back: _Pooled, kernels: Sequence[torch.Tensor], weights: torch.Tensor, shared_out: bool
+    inputs: torch.Tensor, back: Pooled, kernels: Sequence[torch.Tensor], weights: torch.Tensor, shared_out: bool
 ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
     """Returns the gradients towards the kernels, float32, and if `shared_out` that towards their (N, K) weights."""
-    images, channels, height, width = inputs.shape
-    count = len(kernels) * shared_out
+    height, width = inputs.shape[2:]
+    tile = pick_tile(height, width)
+    if tile == DIRECT:
+        return compiled_direct.gradients(inputs, back, kernels, weights), None
+    shared_out = shared_out or len(kernels) > 1
     # A mixed kernel's gradient is shared out among K kernels at every point, so that the fewer points win.
-    tile = 2 if count else pick_tile(height, width)
-    transformed = _transform(kernels, False, True, tile) if shared_out else None
-    mixing, scales = _mixing(weights, shared_out)
-    to_kernels = [torch.empty(kernel.shape, **_FLOATS) for kernel in kernels]
-    to_weights = torch.empty(images, count + count % 2, **_FLOATS)
-    failed = getattr(loaded(), f"dynaconv_mix_gradients{tile}")(
-        *(_address(each) for each in (inputs, *back, transformed, mixing, scales)),
-        native.Shape(images, height, width, channels, back.numbers.shape[1], count),
-        native.numbers([kernel.shape[-1] for kernel in kernels]),
-        native.addresses(to_kernels),
-        _address(to_weights),
-        torch.get_num_threads(),
-    )
-    check(failed)
-    return to_kernels, to_weights[:, :count] if shared_out else None
-
-
-def _unpool(maps: _Pooled, shape: torch.Size) -> torch.Tensor:
-    """Returns maps as they were before max-pooling, zeros where nothing was taken, for (N, any, H, W) of `shape`."""
-    if maps.places is None:
-        return maps.numbers
-    images, outputs = maps.numbers.shape[:2]
-    whole = empty_maps(images, outputs, *shape[2:])
-    sizes = native.Shape(images, *shape[2:], 0, outputs, 0)
-    loaded().dynaconv_unpool(*(_address(each) for each in (*maps, whole)), sizes, torch.get_num_threads())
-    return whole
-
-
-def _transform(kernels: Sequence[torch.Tensor], turned: bool, mixed: bool, tile: int) -> torch.Tensor:
-    """Returns the kernels between the transforms, pairs of bfloat16 in the order that the products take them in."""
-    outputs, channels = kernels[0].shape[:2]
-    padded = (channels + -channels % LANES) * (outputs + -outputs % LANES)
-    pairs = padded * ((len(kernels) + 1) // 2) if mixed else padded // 2
-    transformed = torch.empty((tile + 2) ** 2 * pairs, dtype=torch.int32, device="cpu")
-    plain = [kernel.detach().float().contiguous() for kernel in kernels]
-    getattr(loaded(), f"dynaconv_transform_kernels{tile}")(
-        native.addresses(plain),
-        native.numbers([kernel.shape[-1] for kernel in kernels]),
-        native.Shape(0, 0, 0, channels, outputs, len(kernels) * mixed),
-        turned,
-        _address(transformed),
-        torch.get_num_threads(),
-    )
-    return transformed
-
-
-def _mixing(weights: torch.Tensor, mixed: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:
-    """Returns the weights in pairs of bfloat16 for kernels that are mixed, or as (N,) factors for a single one."""
-    if mixed:
-        return functional.pad(weights.to(torch.bfloat16), (0, weights.shape[1] % 2)).contiguous(), None
-    return None, weights[:, 0].float().contiguous()
-
-
-def empty_maps(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
-    """Returns (N, C, H, W) maps on the CPU, channels innermost, to be written by the library."""
-    return torch.empty(shape, dtype=dtype, device="cpu", memory_format=torch.channels_last)
-
-
-def _innermost(maps: torch.Tensor) -> torch.Tensor:
-    return maps.contiguous(memory_format=torch.channels_last)
-
-
-def _address(tensor: torch.Tensor | None) -> int | None:
-    return None if tensor is None else tensor.data_ptr()
-
-
-def loaded() -> ctypes.CDLL:
-    """Returns the library, where `computes` has found one."""
-    library = native.library()
-    if library is None:
-        raise RuntimeError(f"no compiled convolution here: {native.why_not()}")
-    return library
-
-
-def check(failed: int) -> None:
-    """Raises MemoryError if a function of the library has told that it could not allocate its working space."""
-    if failed:
-        raise MemoryError("a compiled layer could not allocate its working space")
+    return compiled_winograd.gradients(2 if shared_out else tile, inputs, back, kernels, weights, shared_out)

@@ -152,7 +152,8 @@ def mix_compiled(
         return functional.max_pool2d(literal, 2) if pooled else literal
     # Between the transforms a 1x1 kernel costs as much as a 3x3 one: worth it if kernels are mixed there anyway, and
     # where mixing them for each image is little beside what the mixture is then used for (docs/log.md).
-    together = len(threes) > 1 or 2 * inputs.shape[2] * inputs.shape[3] > max(inputs.shape[1], outputs)
+    direct = compiled.pick_tile(*inputs.shape[2:]) == compiled.DIRECT
+    together = direct or len(threes) > 1 or 2 * inputs.shape[2] * inputs.shape[3] > max(inputs.shape[1], outputs)
     taken = [k for k, kernel in enumerate(kernels) if kernel.shape[-1] in (1, 3)] if together else threes
     others = [k for k in range(len(kernels)) if k not in taken]
     if others:

@@ -71,9 +71,13 @@ class Block(nn.Module):
             return self.form
         return choose_form([kernel.shape[-1] for kernel in self.kernels], len(self.kernels[0]), inputs)
 
-    def forward(self, inputs: torch.Tensor, pooled: bool = False) -> torch.Tensor:
-        """Maps (N, C, H, W) to (N, O, H, W); `pooled`, for the compiled form only, to (N, O, H / 2, W / 2)."""
-        inputs, averages = average_beside(inputs, self.pool)
+    def forward(self, inputs: torch.Tensor, pooled: bool = False, averages: torch.Tensor | None = None) -> torch.Tensor:
+        """Maps (N, C, H, W) to (N, O, H, W); `pooled`, for the compiled form only, to (N, O, H / 2, W / 2).
+
+        Averages, (N, C, 1, 1), are those of the inputs if they are known, with the gradient that belongs to them.
+        """
+        if averages is None:
+            inputs, averages = average_beside(inputs, self.pool)
         weights = self.weigh(averages.flatten(1))
         kernels = list(self.kernels)
         outputs = kernels[0].shape[0]
@@ -140,7 +144,8 @@ class Backbone(nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Maps (N, C, H, W) to (N, last width, H / 2**P, W / 2**P) after P poolings; sizes are rounded down."""
-        return self.run_blocks(self.run_stem(inputs), 0, len(self.blocks))
+        maps, averages = self._run_stem(inputs)
+        return self.run_blocks(maps, 0, len(self.blocks), averages)
 
     def block(self, place: int) -> Block:
         """Returns block number `place`, from 0."""
@@ -148,19 +153,28 @@ class Backbone(nn.Module):
 
     def run_stem(self, images: torch.Tensor) -> torch.Tensor:
         """Maps images to the maps that the first block sees: the images themselves without a stem."""
+        return self._run_stem(images)[0]
+
+    def _run_stem(self, images: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
         if self.stem is None:
-            return images
+            return images, None
         return whiten_and_activate(self.stem, images, self.activation, self.activate)
 
-    def run_blocks(self, maps: torch.Tensor, start: int, stop: int) -> torch.Tensor:
-        """Runs blocks number `start` to `stop` - 1, from 0, and what follows each."""
+    def run_blocks(
+        self, maps: torch.Tensor, start: int, stop: int, averages: torch.Tensor | None = None
+    ) -> torch.Tensor:
+        """Runs blocks number `start` to `stop` - 1, from 0, and what follows each; `averages` are those of the maps."""
         layers = list(zip(self.blocks, self.pools, self.norms, strict=True))
         for block, pool, norm in layers[start:stop]:
-            if isinstance(pool, nn.MaxPool2d) and isinstance(block, Block) and block.form_for(maps) == "compiled":
-                maps = block(maps, pooled=True)  # pooled as it is written, with a tenth of the memory moved
-            else:
+            if not isinstance(block, Block):
                 maps = pool_maps(pool, block(maps))
-            maps = normalize_and_activate(cast("nn.BatchNorm2d", norm), maps, self.activation, self.activate)
+            elif isinstance(pool, nn.MaxPool2d) and block.form_for(maps) == "compiled":
+                # Pooled as it is written, with a tenth of the memory moved.
+                maps = block(maps, pooled=True, averages=averages)
+            else:
+                maps = pool_maps(pool, block(maps, averages=averages))
+            norm = cast("nn.BatchNorm2d", norm)
+            maps, averages = normalize_and_activate(norm, maps, self.activation, self.activate)
         return maps
 
 

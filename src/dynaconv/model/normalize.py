@@ -14,6 +14,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional
 
 from dynaconv.model import compiled
+from dynaconv.model.compiled_maps import FLOATS, address, check, loaded
 from dynaconv.model.layout import normalize_maps
 
 ACTIVATIONS = {
@@ -29,10 +30,11 @@ CODES = {"relu": 1, "silu": 2}
 
 def normalize_and_activate(
     norm: nn.BatchNorm2d, maps: torch.Tensor, activation: str, activate: Callable[[torch.Tensor], torch.Tensor]
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Applies batch norm, then the activation, to (N, C, H, W) maps.
 
     Where it is compiled, the result is bfloat16 with its channels innermost; torch's own keeps order and number format.
+    The result's averages over each image, which the next block's weights are made of, are taken on the way there.
 
     In training the statistics are those of the maps, and the layer's running ones follow them, as in torch.
 
@@ -41,12 +43,15 @@ def normalize_and_activate(
         maps: Fastest with the channels innermost in memory.
         activation: The activation's name.
         activate: The activation itself, for where it is not compiled.
+
+    Returns:
+        The maps, and their (N, C, 1, 1) float32 averages, None where it is not compiled.
     """
     places = maps.numel() // maps.shape[1]
     fixed = torch.is_grad_enabled() and maps.requires_grad and not norm.training
     usual = activation in CODES and places > 1 and norm.weight.dtype == torch.float32
     if fixed or not usual or not compiled.computes(maps):
-        return activate(normalize_maps(norm, maps))
+        return activate(normalize_maps(norm, maps)), None
     maps = maps.to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
     if norm.training:
         mean, variance = _moments(maps, places)
@@ -68,52 +73,59 @@ class _Normalize(torch.autograd.Function):
         mean: torch.Tensor,
         inverse: torch.Tensor,
         code: int,
-    ) -> torch.Tensor:
+    ) -> tuple[torch.Tensor, torch.Tensor]:
         ctx.save_for_backward(maps, gain, offset, mean, inverse)
         ctx.code = code
+        ctx.set_materialize_grads(False)
         result = torch.empty_like(maps)
-        columns = (maps.numel() // maps.shape[1], maps.shape[1])
+        averages = torch.empty(*maps.shape[:2], 1, 1, **FLOATS)
         factor = gain * inverse
-        compiled.loaded().dynaconv_normalize(
+        loaded().dynaconv_normalize(
             maps.data_ptr(),
-            *columns,
+            *_sizes(maps),
             *(each.data_ptr() for each in (mean, factor, offset)),
             code,
-            result.data_ptr(),
+            *(each.data_ptr() for each in (result, averages)),
             torch.get_num_threads(),
         )
-        return result
+        return result, averages
 
     @staticmethod
     @once_differentiable  # untyped, which hides the signature from the type checker
     def backward(  # pyright: ignore[reportIncompatibleMethodOverride]
-        ctx: Any, gradient: torch.Tensor
+        ctx: Any, gradient: torch.Tensor | None, to_averages: torch.Tensor | None
     ) -> tuple[torch.Tensor | None, ...]:
         maps, gain, offset, mean, inverse = ctx.saved_tensors
+        every = None if to_averages is None else (to_averages.float() / maps[0, 0].numel()).contiguous()
+        gradient = torch.zeros_like(maps) if gradient is None else gradient
         gradient = gradient.to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
         to_maps = torch.empty_like(maps)
         sums = torch.empty(2, maps.shape[1], dtype=torch.float32, device="cpu")
-        failed = compiled.loaded().dynaconv_normalize_gradients(
-            *(each.data_ptr() for each in (maps, gradient)),
-            maps.numel() // maps.shape[1],
-            maps.shape[1],
+        failed = loaded().dynaconv_normalize_gradients(
+            *(address(each) for each in (maps, gradient, every)),
+            *_sizes(maps),
             *(each.data_ptr() for each in (mean, inverse, gain, offset)),
             ctx.code,
             *(each.data_ptr() for each in (to_maps, sums)),
             torch.get_num_threads(),
         )
-        compiled.check(failed)
+        check(failed)
         return to_maps, sums[1], sums[0], None, None, None
+
+
+def _sizes(maps: torch.Tensor) -> tuple[int, int, int]:
+    """Returns images, places of each, and channels."""
+    return len(maps), maps[0, 0].numel(), maps.shape[1]
 
 
 @torch.no_grad()
 def _moments(maps: torch.Tensor, places: int) -> tuple[torch.Tensor, torch.Tensor]:
     """Returns the mean and the variance, the sum over `places` and not one fewer, of each channel: (C,) float32."""
     mean, variance = torch.empty(2, maps.shape[1], dtype=torch.float32, device="cpu")
-    failed = compiled.loaded().dynaconv_moments(
+    failed = loaded().dynaconv_moments(
         maps.data_ptr(), places, maps.shape[1], mean.data_ptr(), variance.data_ptr(), torch.get_num_threads()
     )
-    compiled.check(failed)
+    check(failed)
     return mean, variance
 
 

@@ -8,7 +8,8 @@ from torch import nn
 from torch.nn import functional
 
 from dynaconv import native
-from dynaconv.model.compiled import LANES, computes, empty_maps, loaded
+from dynaconv.model.compiled import computes
+from dynaconv.model.compiled_maps import FLOATS, LANES, empty_maps, loaded
 from dynaconv.model.normalize import CODES
 
 
@@ -64,7 +65,7 @@ class WhiteningStem(nn.Module):
 
 def whiten_and_activate(
     stem: WhiteningStem, images: torch.Tensor, activation: str, activate: Callable[[torch.Tensor], torch.Tensor]
-) -> torch.Tensor:
+) -> tuple[torch.Tensor, torch.Tensor | None]:
     """Applies the stem and the activation behind it to (N, C, H, W) images; the maps have their channels innermost.
 
     Args:
@@ -72,15 +73,19 @@ def whiten_and_activate(
         images: float32.
         activation: The activation's name.
         activate: The activation itself, for where it is not compiled.
+
+    Returns:
+        The maps, and their (N, 2 * C * S * S, 1, 1) float32 averages, None where it is not compiled.
     """
     fits = images.dtype == torch.float32 and images.shape[1] == stem.kernel.shape[1] and not images.requires_grad
     if activation not in CODES or not fits or not computes(images):
-        return activate(stem(images).contiguous(memory_format=torch.channels_last))
+        return activate(stem(images).contiguous(memory_format=torch.channels_last)), None
     padded = stem.pad(images)
     height, width = ((side - stem.side) // stem.stride + 1 for side in padded.shape[2:])
     count = stem.out_channels // 2
     directions = functional.pad(stem.kernel[:count].float().flatten(1).T, (0, -count % LANES)).contiguous()
     maps = empty_maps(len(images), stem.out_channels, height, width)
+    averages = torch.empty(len(images), stem.out_channels, 1, 1, **FLOATS)
     sizes = (len(images), images.shape[1], height, width, stem.side, stem.stride)
     loaded().dynaconv_whiten(
         padded.data_ptr(),
@@ -88,7 +93,7 @@ def whiten_and_activate(
         directions.data_ptr(),
         count,
         CODES[activation],
-        maps.data_ptr(),
+        *(each.data_ptr() for each in (maps, averages)),
         torch.get_num_threads(),
     )
-    return maps
+    return maps, averages

@@ -21,8 +21,11 @@ import torch
 
 from dynaconv.folders import cache_folder
 
-SOURCES = ("tile2.c", "tile4.c", "products.c", "maps.c", "normalize.c", "stem.c", "transforms.c")
-HEADERS = ("winograd.h", "mix.h", "gradients.h", "products.h", "maps.h", "activation.h")
+SOURCES = (
+    *("direct.c", "direct_gradients.c", "tile2.c", "tile4.c", "products.c"),
+    *("maps.c", "normalize.c", "stem.c", "transforms.c"),
+)
+HEADERS = ("matrix.h", "finish.h", "winograd.h", "mix.h", "gradients.h", "products.h", "maps.h", "activation.h")
 TILES = (2, 4)
 """Sides of the tiles of outputs that the convolution is compiled for."""
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
@@ -61,6 +64,13 @@ def library() -> ctypes.CDLL | None:
     return _outcome()[0]
 
 
+@lru_cache(maxsize=1)
+def has_matrix_tiles() -> bool:
+    """Tells whether the library multiplies on the processor's matrix tiles: if it was built for them and may."""
+    found = library()
+    return found is not None and bool(found.dynaconv_matrix_tiles())
+
+
 def is_built() -> bool:
     """Tells whether the library was built on this machine before; builds nothing."""
     return bool(_outcome.cache_info().currsize) or _was_built()
@@ -95,8 +105,6 @@ def _outcome() -> tuple[ctypes.CDLL | None, str | None]:
     capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # newer than the oldest torch that is taken
     if not capabilities.get("avx512_bf16", False):
         return None, "the processor has no AVX-512 with bfloat16"
-    if capabilities.get("amx_bf16", False):
-        return None, "torch uses the processor's matrix tiles, which do eight times as much at once"
     if os.environ.get("DYNACONV_COMPILED") == "0":
         return None, "DYNACONV_COMPILED=0 is set"
     try:
@@ -140,18 +148,27 @@ def _load(path: Path) -> ctypes.CDLL:
         getattr(loaded, f"dynaconv_mix{tile}").argtypes = [*[pointer] * 6, number, *[pointer] * 4, shape, threads]
         gradients = getattr(loaded, f"dynaconv_mix_gradients{tile}")
         gradients.argtypes = [*[pointer] * 6, shape, *[pointer] * 3, threads]
+    if loaded.dynaconv_matrix_tiles():
+        loaded.dynaconv_pack_kernel.argtypes = [pointer, number, shape, ctypes.c_int, pointer, threads]
+        loaded.dynaconv_pack_kernel.restype = None
+        loaded.dynaconv_direct.argtypes = [
+            *[pointer] * 3, number, *[pointer] * 2, number, *[pointer] * 4, shape, threads,
+        ]  # fmt: skip
+        loaded.dynaconv_direct_gradients.argtypes = [*[pointer] * 4, number, shape, pointer, threads]
     loaded.dynaconv_unpool.argtypes = [*[pointer] * 3, shape, threads]
     loaded.dynaconv_unpool.restype = None
     loaded.dynaconv_mix_once.argtypes = [pointer, pointer, number, number, threads, pointer, threads]
     loaded.dynaconv_mix_once.restype = None
     loaded.dynaconv_moments.argtypes = [pointer, number, number, pointer, pointer, threads]
-    loaded.dynaconv_normalize.argtypes = [pointer, number, number, *[pointer] * 3, threads, pointer, threads]
+    loaded.dynaconv_normalize.argtypes = [
+        pointer, *[number] * 3, *[pointer] * 3, threads, *[pointer] * 2, threads,
+    ]  # fmt: skip
     loaded.dynaconv_normalize.restype = None
     loaded.dynaconv_normalize_gradients.argtypes = [
-        *[pointer] * 2, number, number, *[pointer] * 4, threads, *[pointer] * 2, threads,
+        *[pointer] * 3, *[number] * 3, *[pointer] * 4, threads, *[pointer] * 2, threads,
     ]  # fmt: skip
     loaded.dynaconv_whiten.argtypes = [
-        pointer, ctypes.POINTER(Stem), pointer, number, threads, pointer, threads,
+        pointer, ctypes.POINTER(Stem), pointer, number, threads, *[pointer] * 2, threads,
     ]  # fmt: skip
     loaded.dynaconv_whiten.restype = None
     loaded.dynaconv_transform.argtypes = [pointer, ctypes.POINTER(Transforms), *[pointer] * 4, threads]

@@ -29,9 +29,12 @@ static inline __m512 exponential(__m512 x) {
     return _mm512_scalef_ps(sum, whole);
 }
 
+// One over 1 + e to the power of -z: estimated to 14 bits, and a step of Newton's, which takes a third of a division.
 static inline __m512 logistic(__m512 z) {
     __m512 one = _mm512_set1_ps(1.0f);
-    return _mm512_div_ps(one, _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), z))));
+    __m512 below = _mm512_add_ps(one, exponential(_mm512_sub_ps(_mm512_setzero_ps(), z)));
+    __m512 estimate = _mm512_rcp14_ps(below);
+    return _mm512_mul_ps(estimate, _mm512_fnmadd_ps(below, estimate, _mm512_set1_ps(2.0f)));
 }
 
 ALWAYS __m512 activate(__m512 z, const int activation) {

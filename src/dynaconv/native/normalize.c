@@ -2,7 +2,8 @@
 //
 //   y = f(z),  z = gain * xhat + offset,  xhat = (x - mean) / spread
 //
-// Maps are (places, C) bfloat16, all images' places in one column; statistics and parameters (C,) float32.
+// Maps are (images, places, C) bfloat16; statistics and parameters (C,) float32. The averages of y over each image's
+// places, which the next block's weights are made of, are taken on the way, and so is the gradient that comes of them.
 
 #include "activation.h"
 
@@ -12,23 +13,25 @@ enum { BLOCK = 64 };  // places whose sums are made at once: what the nearest ca
 // activation and its product with xhat.
 typedef struct {
     const bf16 *x, *gradient;
-    int64_t channels;
+    int64_t images, places, channels;  // places of each image
     const float *shift, *inverse, *gain, *offset;
+    const float *every;  // (images, C), added to the gradient at every place; or none
 } Sums;
 
-ALWAYS void sum_block(const Sums *in, int64_t first, int64_t last, int64_t c, __mmask16 mask, float *sum, float *second,
-                      const int activation) {
+ALWAYS void sum_block(const Sums *in, int64_t image, int64_t first, int64_t last, int64_t c, __mmask16 mask, float *sum,
+                      float *second, const int activation) {
+    __m512 every = in->every ? _mm512_maskz_loadu_ps(mask, in->every + image * in->channels + c) : _mm512_setzero_ps();
     __m512 shift = _mm512_maskz_loadu_ps(mask, in->shift + c), a = _mm512_setzero_ps(), b = a, inverse = a, gain = a;
     __m512 offset = a;
     if (in->gradient) {
         inverse = _mm512_maskz_loadu_ps(mask, in->inverse + c), gain = _mm512_maskz_loadu_ps(mask, in->gain + c);
         offset = _mm512_maskz_loadu_ps(mask, in->offset + c);
     }
-    for (int64_t place = first; place < last; place++) {
+    for (int64_t place = image * in->places + first; place < image * in->places + last; place++) {
         __m512 x = _mm512_sub_ps(load(in->x + place * in->channels + c, mask), shift);
         if (in->gradient) {
             x = _mm512_mul_ps(x, inverse);
-            __m512 g = load(in->gradient + place * in->channels + c, mask);
+            __m512 g = _mm512_add_ps(every, load(in->gradient + place * in->channels + c, mask));
             g = activate_back(_mm512_fmadd_ps(gain, x, offset), g, activation);
             a = _mm512_add_ps(a, g), b = _mm512_fmadd_ps(g, x, b);
         } else {
@@ -40,19 +43,19 @@ ALWAYS void sum_block(const Sums *in, int64_t first, int64_t last, int64_t c, __
 }
 
 // Sums over all places to sums, (2, C); every thread its blocks, the same ones every time. Returns 1 without memory.
-static int sum_places(const Sums *in, int64_t places, int activation, float *sums, int threads) {
-    int64_t channels = in->channels, step = up(2 * channels, LANES);
+static int sum_places(const Sums *in, int activation, float *sums, int threads) {
+    int64_t channels = in->channels, step = up(2 * channels, LANES), blocks = (in->places + BLOCK - 1) / BLOCK;
     float *spaces = zeros(threads * step);
     if (!spaces) return 1;
 #pragma omp parallel num_threads(threads)
     {
         float *own = spaces + omp_get_thread_num() * step;
 #pragma omp for schedule(static)
-        for (int64_t block = 0; block < (places + BLOCK - 1) / BLOCK; block++)
+        for (int64_t block = 0; block < in->images * blocks; block++)
             for (int64_t c = 0; c < channels; c += LANES) {
-                int64_t first = block * BLOCK, last = least(places, first + BLOCK);
+                int64_t first = block % blocks * BLOCK, last = least(in->places, first + BLOCK);
                 __mmask16 mask = lanes_left(channels - c);
-#define CALL(f) sum_block(in, first, last, c, mask, own, own + channels, f)
+#define CALL(f) sum_block(in, block / blocks, first, last, c, mask, own, own + channels, f)
                 FOR_ACTIVATION(activation, CALL)
 #undef CALL
             }
@@ -66,7 +69,7 @@ static int sum_places(const Sums *in, int64_t places, int activation, float *sum
     return 0;
 }
 
-// Mean and variance over all places, of x, (places, C). Returns 0, or 1 where memory is short.
+// Mean and variance over all places of x, (places, C). Returns 0, or 1 where memory is short.
 int dynaconv_moments(const bf16 *x, int64_t places, int64_t channels, float *mean, float *variance, int threads) {
     // Summed from the first place on: a mean far from zero would leave no digits for the variance.
     float *shift = zeros(3 * channels), *sums = shift + channels;
@@ -75,8 +78,8 @@ int dynaconv_moments(const bf16 *x, int64_t places, int64_t channels, float *mea
         __mmask16 mask = lanes_left(channels - c);
         _mm512_mask_storeu_ps(shift + c, mask, load(x + c, mask));
     }
-    Sums in = {x, NULL, channels, shift, NULL, NULL, NULL};
-    int failed = sum_places(&in, places, 0, sums, threads);
+    Sums in = {x, NULL, 1, places, channels, shift, NULL, NULL, NULL, NULL};
+    int failed = sum_places(&in, 0, sums, threads);
     for (int64_t c = 0; c < channels; c++) {
         float from_shift = sums[c] / (float)places;
         mean[c] = shift[c] + from_shift;
@@ -88,30 +91,39 @@ int dynaconv_moments(const bf16 *x, int64_t places, int64_t channels, float *mea
 }
 
 ALWAYS void write_place(const bf16 *x, bf16 *y, int64_t channels, const float *mean, const float *factor,
-                        const float *offset, const int activation) {
+                        const float *offset, float *sums, const int activation) {
     for (int64_t c = 0; c < channels; c += LANES) {
         __mmask16 mask = lanes_left(channels - c);
         __m512 centred = _mm512_sub_ps(load(x + c, mask), _mm512_maskz_loadu_ps(mask, mean + c));
         __m512 z = _mm512_fmadd_ps(centred, _mm512_maskz_loadu_ps(mask, factor + c),
                                    _mm512_maskz_loadu_ps(mask, offset + c));
-        store(y + c, activate(z, activation), mask);
+        z = activate(z, activation);
+        _mm512_mask_storeu_ps(sums + c, mask, _mm512_add_ps(z, _mm512_maskz_loadu_ps(mask, sums + c)));
+        store(y + c, z, mask);
     }
 }
 
-// y = f((x - mean) * factor + offset); the factor is gain / spread.
-void dynaconv_normalize(const bf16 *x, int64_t places, int64_t channels, const float *mean, const float *factor,
-                        const float *offset, int activation, bf16 *y, int threads) {
+// y = f((x - mean) * factor + offset); the factor is gain / spread. Averages, (images, C), are those of y.
+void dynaconv_normalize(const bf16 *x, int64_t images, int64_t places, int64_t channels, const float *mean,
+                        const float *factor, const float *offset, int activation, bf16 *y, float *averages,
+                        int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t place = 0; place < places; place++) {
-        const bf16 *from = x + place * channels;
-        bf16 *to = y + place * channels;
-#define CALL(f) write_place(from, to, channels, mean, factor, offset, f)
-        FOR_ACTIVATION(activation, CALL)
+    for (int64_t image = 0; image < images; image++) {
+        float *sums = averages + image * channels;
+        memset(sums, 0, channels * 4);
+        for (int64_t place = image * places; place < (image + 1) * places; place++) {
+            const bf16 *from = x + place * channels;
+            bf16 *to = y + place * channels;
+#define CALL(f) write_place(from, to, channels, mean, factor, offset, sums, f)
+            FOR_ACTIVATION(activation, CALL)
 #undef CALL
+        }
+        for (int64_t c = 0; c < channels; c++) sums[c] /= (float)places;
     }
 }
 
-ALWAYS void write_back(const Sums *in, int64_t place, const float *sums, float share, bf16 *dx, const int activation) {
+ALWAYS void write_back(const Sums *in, int64_t place, const float *every, const float *sums, float share, bf16 *dx,
+                       const int activation) {
     for (int64_t c = 0; c < in->channels; c += LANES) {
         __mmask16 mask = lanes_left(in->channels - c);
         int64_t at = place * in->channels + c;
@@ -119,7 +131,9 @@ ALWAYS void write_back(const Sums *in, int64_t place, const float *sums, float s
         __m512 xhat = _mm512_sub_ps(load(in->x + at, mask), _mm512_maskz_loadu_ps(mask, in->shift + c));
         xhat = _mm512_mul_ps(xhat, inverse);
         __m512 z = _mm512_fmadd_ps(gain, xhat, _mm512_maskz_loadu_ps(mask, in->offset + c));
-        __m512 g = activate_back(z, load(in->gradient + at, mask), activation);
+        __m512 g = load(in->gradient + at, mask);
+        if (every) g = _mm512_add_ps(g, _mm512_maskz_loadu_ps(mask, every + c));
+        g = activate_back(z, g, activation);
         __m512 each = _mm512_set1_ps(share);
         g = _mm512_fnmadd_ps(each, _mm512_maskz_loadu_ps(mask, sums + c), g);
         __m512 along = _mm512_mul_ps(each, _mm512_maskz_loadu_ps(mask, sums + in->channels + c));
@@ -129,16 +143,18 @@ ALWAYS void write_back(const Sums *in, int64_t place, const float *sums, float s
 }
 
 // The gradients of normalising with the moments of x itself: towards x; and sums, (2, C), towards offset and gain.
-// `inverse` is one over the spread. Returns 0, or 1 where memory is short.
-int dynaconv_normalize_gradients(const bf16 *x, const bf16 *dy, int64_t places, int64_t channels, const float *mean,
-                                 const float *inverse, const float *gain, const float *offset, int activation, bf16 *dx,
-                                 float *sums, int threads) {
-    Sums in = {x, dy, channels, mean, inverse, gain, offset};
-    if (sum_places(&in, places, activation, sums, threads)) return 1;
-    float share = 1.0f / (float)places;
+// `inverse` is one over the spread; `every`, (images, C) or none, is added to dy at every place.
+// Returns 0, or 1 where memory is short.
+int dynaconv_normalize_gradients(const bf16 *x, const bf16 *dy, const float *every, int64_t images, int64_t places,
+                                 int64_t channels, const float *mean, const float *inverse, const float *gain,
+                                 const float *offset, int activation, bf16 *dx, float *sums, int threads) {
+    Sums in = {x, dy, images, places, channels, mean, inverse, gain, offset, every};
+    if (sum_places(&in, activation, sums, threads)) return 1;
+    float share = 1.0f / (float)(images * places);
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t place = 0; place < places; place++) {
-#define CALL(f) write_back(&in, place, sums, share, dx, f)
+    for (int64_t place = 0; place < images * places; place++) {
+        const float *mine = every ? every + place / places * channels : NULL;
+#define CALL(f) write_back(&in, place, mine, sums, share, dx, f)
         FOR_ACTIVATION(activation, CALL)
 #undef CALL
     }

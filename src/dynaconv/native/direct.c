@@ -1,0 +1,249 @@
+// Convolutions with 3x3 or 1x1 kernels, zeros around the map, stride one, computed directly on matrix tiles.
+//
+// Letters: N images, H W map, C channels in, O channels out.
+
+#include "finish.h"
+#include "matrix.h"
+
+#ifdef MATRIX_TILES
+
+static const int64_t MOST_ROWS = (int64_t)640 << 10;    // bytes of packed rows that a thread works on at once
+static const int64_t MOST_KERNEL = (int64_t)768 << 10;  // bytes of the kernel that it takes for all of them
+
+// One kernel, (O, C, side, side) float32, to (O / 16, C / 32, side * side) tiles of 16 pairs of channels and 16
+// outputs. `turned`, for the backward pass, C and O are exchanged and the kernel is turned by half a turn.
+void dynaconv_pack_kernel(const float *kernel, int64_t side, const Shape *s, int turned, uint32_t *to, int threads) {
+    int64_t taps = side * side, channels = turned ? s->outputs : s->channels;
+    int64_t outputs = turned ? s->channels : s->outputs, blocks = blocks_of(channels);
+    int64_t row_step = (turned ? s->channels : 1) * taps, step = (turned ? 1 : s->channels) * taps;
+    __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    __m512i places = _mm512_mullo_epi32(lanes, _mm512_set1_epi32((int)step));
+    __m512 zero = _mm512_setzero_ps();
+#pragma omp parallel for num_threads(threads) schedule(static)
+    for (int64_t o = 0; o < outputs; o += LANES)
+        for (int64_t block = 0; block < blocks; block++)
+            for (int64_t tap = 0; tap < taps; tap++)
+                for (int64_t pair = 0; pair < MATRIX_ROWS; pair++) {
+                    __m512 half[2];
+                    for (int i = 0; i < 2; i++) {
+                        int64_t channel = block * MATRIX_DEPTH + 2 * pair + i;
+                        __mmask16 mask = channel < channels ? lanes_left(outputs - o) : 0;
+                        const float *from = kernel + (mask ? o * step + channel * row_step : 0);
+                        half[i] = _mm512_mask_i32gather_ps(zero, mask, places,
+                                                           from + (turned ? taps - 1 - tap : tap), 4);
+                    }
+                    int64_t tile = (o / LANES * blocks + block) * taps + tap;
+                    _mm512_storeu_si512(to + tile * MATRIX_PAIRS + pair * LANES, interleave(half[0], half[1]));
+                }
+}
+
+// One row of the maps of 16 images, or fewer, to (W, C / 32) left tiles.
+static void pack_row(const Maps *maps, int64_t first, int64_t images, int64_t y, bf16 *to) {
+    for (int64_t x = 0; x < maps->width; x++)
+        for (int64_t c = 0; c < maps->channels; c += MATRIX_DEPTH, to += 2 * MATRIX_PAIRS)
+            for (int64_t i = 0; i < images; i++)
+                _mm512_store_si512(to + i * MATRIX_DEPTH, read_numbers(maps, first + i, y, x, c));
+}
+
+// Left tiles at four places, a window of 2x2, for each tap of the kernel; none where the map ends.
+typedef struct {
+    const bf16 *at[9][4];
+    int64_t taps, blocks;
+} Window;
+
+// The sums of one window for 16 outputs: (4, 16 images, 16 outputs).
+static void multiply_window(const Window *w, const uint32_t *kernel, float *sums) {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_zero(2);
+    _tile_zero(3);
+    WRITTEN;
+    for (int64_t block = 0; block < w->blocks; block++)
+        for (int64_t tap = 0; tap < w->taps; tap++, kernel += MATRIX_PAIRS) {
+            const bf16 *const *at = w->at[tap];
+            int64_t there = block * 2 * MATRIX_PAIRS;
+            _tile_loadd(4, kernel, MATRIX_STRIDE);
+#define MULTIPLY(i, left)                                 \
+    if (at[i]) {                                          \
+        _tile_loadd(left, at[i] + there, MATRIX_STRIDE);  \
+        _tile_dpbf16ps(i, left, 4);                       \
+    }
+            MULTIPLY(0, 5)
+            MULTIPLY(1, 6)
+            MULTIPLY(2, 7)
+            MULTIPLY(3, 5)
+#undef MULTIPLY
+        }
+    _tile_stored(0, sums, MATRIX_STRIDE);
+    _tile_stored(1, sums + MATRIX_PAIRS, MATRIX_STRIDE);
+    _tile_stored(2, sums + 2 * MATRIX_PAIRS, MATRIX_STRIDE);
+    _tile_stored(3, sums + 3 * MATRIX_PAIRS, MATRIX_STRIDE);
+    WRITTEN;
+}
+
+// Packed rows of the maps of 16 images: row y lies at y modulo `held`.
+typedef struct {
+    const Maps *maps;
+    int64_t first, images, held, step;
+    int64_t packed;  // rows that have been, from the top
+    bf16 *rows;
+} Ring;
+
+static void pack_until(Ring *ring, int64_t last) {
+    for (; ring->packed < least(last, ring->maps->height); ring->packed++)
+        pack_row(ring->maps, ring->first, ring->images, ring->packed,
+                 ring->rows + ring->packed % ring->held * ring->step);
+}
+
+static void find_window(const Ring *ring, int64_t y, int64_t x, int64_t side, Window *w) {
+    int64_t height = ring->maps->height, width = ring->maps->width, margin = side / 2;
+    w->blocks = blocks_of(ring->maps->channels), w->taps = side * side;
+    for (int64_t tap = 0; tap < w->taps; tap++)
+        for (int64_t i = 0; i < 4; i++) {
+            int64_t down = y + i / 2, right = x + i % 2, row = down + tap / side - margin;
+            int64_t column = right + tap % side - margin;
+            int inside = down < height && right < width && row >= 0 && row < height && column >= 0 && column < width;
+            const bf16 *from = ring->rows + row % ring->held * ring->step;
+            w->at[tap][i] = inside ? from + column * w->blocks * 2 * MATRIX_PAIRS : NULL;
+        }
+}
+
+// What is done with the sums of a window: those of every image, 32 outputs from `o`, whole lines of the cache. Adds the
+// inner products with the probe to `products`.
+ALWAYS void finish_images(const float *sums, const Ring *ring, const Window *w, const Shape *s, int64_t y, int64_t x,
+                          int64_t o, const float *scales, const Finish *finish, __m512 *products, const int pooled,
+                          const int added, const int probed) {
+    const int shortcut = added == 2;
+    int64_t left = s->outputs - o;
+    __mmask32 mask = left >= 32 ? 0xffffffff : ((__mmask32)1 << left) - 1;
+    for (int64_t i = 0; i < ring->images; i++) {
+        int64_t image = ring->first + i;
+        __m512 low[4], high[4], product = _mm512_setzero_ps(), scale = _mm512_set1_ps(scales ? scales[image] : 1);
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) {
+            int64_t down = y + j / 2, right = x + j % 2;
+            low[j] = _mm512_load_ps(sums + j * MATRIX_PAIRS + i * LANES);
+            high[j] = _mm512_load_ps(sums + (4 + j) * MATRIX_PAIRS + i * LANES);
+            int inside = down < s->height && right < s->width;
+            if (probed && inside) {
+                __m512i other = read_numbers(finish->probe, image, down, right, o);
+                _mm_prefetch((const char *)(finish->probe->numbers + ((image * s->height + down) * s->width + right + 2) * s->outputs + o), _MM_HINT_T0);
+                product = _mm512_fmadd_ps(low[j], low_half(other), product);
+                product = _mm512_fmadd_ps(high[j], high_half(other), product);
+            }
+            if (added && inside) {
+                __m512i other = shortcut ? _mm512_load_si512(w->at[w->taps / 2][j] + o / MATRIX_DEPTH * 2 * MATRIX_PAIRS +
+                                                             i * MATRIX_DEPTH)
+                                         : read_numbers(finish->residual, image, down, right, o);
+                low[j] = _mm512_fmadd_ps(low[j], scale, low_half(other));
+                high[j] = _mm512_fmadd_ps(high[j], scale, high_half(other));
+            } else {
+                low[j] = _mm512_mul_ps(low[j], scale), high[j] = _mm512_mul_ps(high[j], scale);
+            }
+            if (!pooled && inside && finish->to)
+                _mm512_mask_storeu_epi16(finish->to + ((image * s->height + down) * s->width + right) * s->outputs + o,
+                                         mask, (__m512i)_mm512_cvtne2ps_pbh(high[j], low[j]));
+        }
+        if (probed) products[i] = _mm512_add_ps(products[i], product);
+        if (!pooled || y + 1 >= s->height || x + 1 >= s->width) continue;
+        __m128i from[2];
+        __m512 first = largest_of(low, from), second = largest_of(high, from + 1);
+        int64_t place = ((image * (s->height / 2) + y / 2) * (s->width / 2) + x / 2) * s->outputs + o;
+        _mm512_mask_storeu_epi16(finish->to + place, mask, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+        _mm256_mask_storeu_epi8(finish->places + place, mask, _mm256_set_m128i(from[1], from[0]));
+    }
+}
+
+// The convolution of x, (N, H, W, C), into y, (N, H, W, O): arguments and result as those of `dynaconv_mix`, but for
+//   kernel     as `dynaconv_pack_kernel` leaves it
+//   side       that of the kernel, 3 or 1
+//   to_scales  (N, half of H rounded up), the inner products by pairs of rows
+//   y          or none, where they alone are wanted
+#define FINISH(pooled, probed)                                                                               \
+    {                                                                                                        \
+        if (added == 2) \
+            finish_images(sums, &ring, &window, s, down, right, o, scales, &finish, products, pooled, 2, probed && probe); \
+        else if (added)                                                                                           \
+            finish_images(sums, &ring, &window, s, down, right, o, scales, &finish, products, pooled, 1, probed && probe); \
+        else                                                                                                 \
+            finish_images(sums, &ring, &window, s, down, right, o, scales, &finish, products, pooled, 0, probed && probe); \
+    }
+int dynaconv_direct(const bf16 *x, const uint8_t *x_places, const uint32_t *kernel, int64_t side, const float *scales,
+                    const bf16 *residual, int64_t residual_channels, const bf16 *probe, float *to_scales, bf16 *y,
+                    uint8_t *y_places, const Shape *s, int threads) {
+    int64_t blocks = blocks_of(s->channels), step = s->width * blocks * 2 * MATRIX_PAIRS;
+    int64_t of_kernel = blocks * side * side * MATRIX_PAIRS, groups = (s->images + MATRIX_ROWS - 1) / MATRIX_ROWS;
+    int64_t strip = most(2, least(up(s->height, 2), (MOST_ROWS / (step * 2) - 2) / 2 * 2));
+    int64_t chunk = most(1, MOST_KERNEL / (of_kernel * 8)) * 2 * LANES;
+    // A group of images is cut where there are too few of them to keep all threads busy.
+    int64_t cuts = groups >= 4 * threads ? 1 : least(threads, (s->height + strip - 1) / strip);
+    int64_t rows_each = up((s->height + cuts - 1) / cuts, 2);
+    Maps inputs = {x, x_places, s->height, s->width, s->channels};
+    Maps added = {residual, residual == x ? x_places : NULL, s->height, s->width, residual_channels};
+    Maps probes = {probe, NULL, s->height, s->width, s->outputs};
+    int failed = 0;
+#pragma omp parallel num_threads(threads) reduction(| : failed)
+    {
+        bf16 *rows = aligned_alloc(64, (strip + 2) * step * 2);
+        float *sums = aligned_alloc(64, 8 * MATRIX_PAIRS * 4);
+        MatrixConfig before;
+        Finish finish = {1, residual ? &added : NULL, probe ? &probes : NULL, y, y_places};
+        failed = !rows || !sums;
+        take_tiles(&before);
+#pragma omp for schedule(dynamic, 1)
+        for (int64_t task = 0; task < groups * cuts; task++) {
+            if (!rows || !sums) continue;
+            int64_t first = task / cuts * MATRIX_ROWS, top = task % cuts * rows_each;
+            Ring ring = {&inputs, first, least(MATRIX_ROWS, s->images - first), strip + 2, step, most(0, top - 1), rows};
+            for (int64_t start = top; start < least(s->height, top + rows_each); start += strip) {
+                int64_t stop = least(s->height, least(top + rows_each, start + strip));
+                pack_until(&ring, stop + 1);
+                for (int64_t from = 0; from < s->outputs; from += chunk)
+                    for (int64_t down = start; down < stop; down += 2) {
+                        __m512 products[MATRIX_ROWS] = {0};
+                        for (int64_t right = 0; right < s->width; right += 2) {
+                            Window window;
+                            find_window(&ring, down, right, side, &window);
+                            for (int64_t o = from; o < least(s->outputs, from + chunk); o += 2 * LANES) {
+                                multiply_window(&window, kernel + o / LANES * of_kernel, sums);
+                                if (o + LANES < s->outputs)
+                                    multiply_window(&window, kernel + (o / LANES + 1) * of_kernel,
+                                                    sums + 4 * MATRIX_PAIRS);
+                                else
+                                    memset(sums + 4 * MATRIX_PAIRS, 0, 4 * MATRIX_PAIRS * 4);
+                                int added = residual && o < residual_channels ? 1 + (residual == x) : 0;
+                                if (y_places)
+                                    FINISH(1, 1)
+                                else if (probe)
+                                    FINISH(0, 1)
+                                else
+                                    FINISH(0, 0)
+                            }
+                        }
+                        if (!probe) continue;
+                        for (int64_t i = 0; i < ring.images; i++) {
+                            float *product = to_scales + (first + i) * ((s->height + 1) / 2) + down / 2;
+                            *product = (from ? *product : 0) + _mm512_reduce_add_ps(products[i]);
+                        }
+                    }
+            }
+        }
+        give_tiles_back(&before);
+        free(rows);
+        free(sums);
+    }
+    return failed;
+}
+
+// Asks the system for the tiles' registers, which it saves only for who has asked. Returns whether this library uses
+// them.
+int dynaconv_matrix_tiles(void) {
+    enum { REQUEST = 0x1023, TILES = 18 };
+    return !syscall(SYS_arch_prctl, REQUEST, TILES);
+}
+
+#else
+
+int dynaconv_matrix_tiles(void) { return 0; }
+
+#endif
