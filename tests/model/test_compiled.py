@@ -33,6 +33,8 @@ CASES = [
     (6, 96, 64, 4, 4, (3, 1)),  # small maps, of which the 1x1 kernel is left to torch
     (5, 256, 208, 5, 4, (3, 3, 3)),  # gradients so large that threads share them
     (3, 320, 304, 9, 3, (3,)),  # the same of one kernel, with tiles of 4
+    (3, 40, 80, 13, 10, (3, 3, 3, 3)),  # large enough to be mixed on matrix tiles: places beyond the last whole tile
+    (20, 48, 32, 12, 12, (3, 3, 1, 3, 3)),  # the same, more kernels than are shared out by a loop of their own
 ]
 
 

@@ -144,7 +144,9 @@ class _Mixture(torch.autograd.Function):
         to_inputs = to_weights = None
         to_kernels: list[torch.Tensor | None] = [None] * len(kernels)
         # What comes back of one kernel, before it is scaled, is also what its weight gets from each input.
-        probed = wants_weights and (tile == DIRECT or (wants_inputs and len(kernels) == 1))
+        alone = len(kernels) == 1 and (wants_inputs or tile == DIRECT)
+        separate = tile == DIRECT and not compiled_direct.mixes(kernels, *inputs.shape[2:])
+        probed = wants_weights and (alone or separate)
         if wants_inputs or probed:
             to_inputs = torch.empty_like(inputs, memory_format=torch.channels_last)
             to_weights = _convolve(
@@ -233,7 +235,7 @@ def _gradients(
     height, width = inputs.shape[2:]
     tile = pick_tile(height, width)
     if tile == DIRECT:
-        return compiled_direct.gradients(inputs, back, kernels, weights), None
+        return compiled_direct.gradients(inputs, back, kernels, weights)
     shared_out = shared_out or len(kernels) > 1
     # A mixed kernel's gradient is shared out among K kernels at every point, so that the fewer points win.
     return compiled_winograd.gradients(2 if shared_out else tile, inputs, back, kernels, weights, shared_out)

@@ -1,7 +1,8 @@
-"""Convolutions computed directly on the processor's matrix tiles, and mixtures of them: `direct.c` of `native`.
+"""Convolutions computed directly on the processor's matrix tiles, and mixtures: `direct.c` and others of `native`.
 
-A tile multiplies eight times as fast as anything else there, so that K convolutions, one after the other, each weighted
-and added to the last one's result as it is written, cost less than mixing K kernels for every image would.
+A tile multiplies eight times as fast as anything else there. On small maps K convolutions, one after the other, each
+weighted and added to the last one's result as it is written, cost less than mixing K kernels for every image would; on
+larger ones every image gets a mixed kernel of its own.
 """
 
 from collections.abc import Sequence
@@ -9,10 +10,23 @@ from collections.abc import Sequence
 import torch
 
 from dynaconv import native
-from dynaconv.model.compiled_maps import FLOATS, LANES, Pooled, address, check, empty_maps, loaded
+from dynaconv.model.compiled_maps import FLOATS, LANES, Pooled, address, check, empty_maps, in_pairs, loaded
 
 DEPTH = 32
 """Channels that one instruction sums over: they are continued to a multiple of it."""
+
+WORTH_MIXING = 512
+"""Convolutions times places from which on mixing kernels costs less than convolving with each (docs/speed.md)."""
+
+MOST_MIXED = 8
+"""Kernels that are mixed at most: `MOST_KERNELS` of `direct_mix_gradients.c`."""
+
+
+def mixes(kernels: Sequence[torch.Tensor], height: int, width: int) -> bool:
+    """Tells whether every image gets a kernel of its own, rather than being convolved with each of the K."""
+    convolutions = sum(kernel.shape[-1] ** 2 for kernel in kernels) / 9
+    several = convolutions >= 2 and len(kernels) <= MOST_MIXED
+    return several and width % 2 == 0 and convolutions * height * width >= WORTH_MIXING
 
 
 def convolve(
@@ -31,9 +45,12 @@ def convolve(
         kept: Whether anything is written: False where the products with the probe alone are wanted.
 
     Returns:
-        With a probe, (N, K) float32, inner products of the probe and each convolution before it is scaled.
+        With a probe, (N, K) float32, inner products of the probe and each convolution before it is scaled. Where
+        kernels are mixed there is no telling them apart, and None.
     """
     height, width = maps.size(into)
+    if mixes(kernels, height, width):
+        return _convolve_mixed(maps, kernels, weights, into, turned, residual)
     images, outputs = into.numbers.shape[:2]
     shape = native.Shape(images, height, width, maps.numbers.shape[1], outputs, 0)
     found: list[torch.Tensor] = []
@@ -58,24 +75,79 @@ def convolve(
     return torch.stack(found, dim=1) if found else None
 
 
+def _convolve_mixed(
+    maps: Pooled,
+    kernels: Sequence[torch.Tensor],
+    weights: torch.Tensor,
+    into: Pooled,
+    turned: bool,
+    residual: torch.Tensor | None,
+) -> None:
+    height, width = maps.size(into)
+    images, outputs = into.numbers.shape[:2]
+    shape = native.Shape(images, height, width, maps.numbers.shape[1], outputs, len(kernels))
+    packed, mixing = _packed_together(kernels, turned), in_pairs(weights)
+    failed = loaded().dynaconv_direct_mix(
+        *(address(each) for each in (*maps, packed, mixing, residual)),
+        0 if residual is None else residual.shape[1],
+        *(address(each) for each in into),
+        shape,
+        torch.get_num_threads(),
+    )
+    check(failed)
+
+
 def gradients(
     inputs: torch.Tensor, back: Pooled, kernels: Sequence[torch.Tensor], weights: torch.Tensor
-) -> list[torch.Tensor]:
-    """Returns the gradients towards the kernels, float32."""
+) -> tuple[list[torch.Tensor], torch.Tensor | None]:
+    """Returns the gradients towards the kernels, float32, and where kernels are mixed that towards their weights."""
     images, channels, height, width = inputs.shape
-    found: list[torch.Tensor] = []
+    found = [torch.empty(kernel.shape, **FLOATS) for kernel in kernels]
+    if mixes(kernels, height, width):
+        plain = [kernel.detach().float().contiguous() for kernel in kernels]
+        # As rounded as those that the kernels are mixed with.
+        factors, to_weights = weights.to(torch.bfloat16).float().contiguous(), torch.empty(weights.shape, **FLOATS)
+        failed = loaded().dynaconv_direct_mix_gradients(
+            *(address(each) for each in (inputs, *back)),
+            native.addresses(plain),
+            native.numbers([kernel.shape[-1] for kernel in kernels]),
+            address(factors),
+            native.Shape(images, height, width, channels, back.numbers.shape[1], len(kernels)),
+            native.addresses(found),
+            address(to_weights),
+            torch.get_num_threads(),
+        )
+        check(failed)
+        return found, to_weights
     for k, kernel in enumerate(kernels):
-        found.append(torch.empty(kernel.shape, **FLOATS))
         scales = weights[:, k].float().contiguous()
         failed = loaded().dynaconv_direct_gradients(
             *(address(each) for each in (inputs, *back, scales)),
             kernel.shape[-1],
             native.Shape(images, height, width, channels, back.numbers.shape[1], 0),
-            address(found[-1]),
+            address(found[k]),
             torch.get_num_threads(),
         )
         check(failed)
-    return found
+    return found, None
+
+
+def _packed_together(kernels: Sequence[torch.Tensor], turned: bool) -> torch.Tensor:
+    """Returns kernels as they are mixed: pairs of kernels, line by line of the tiles that come of it."""
+    outputs, channels = kernels[0].shape[:2]
+    rows, columns = (outputs, channels) if turned else (channels, outputs)
+    lines = -(-rows // DEPTH) * DEPTH // 2 * 9 * -(-columns // LANES)
+    plain = [kernel.detach().float().contiguous() for kernel in kernels]
+    packed = torch.empty(lines * ((len(kernels) + 1) // 2) * 2 * LANES, dtype=torch.int32, device="cpu")
+    loaded().dynaconv_pack_kernels(
+        native.addresses(plain),
+        native.numbers([kernel.shape[-1] for kernel in kernels]),
+        native.Shape(0, 0, 0, channels, outputs, len(kernels)),
+        turned,
+        packed.data_ptr(),
+        torch.get_num_threads(),
+    )
+    return packed
 
 
 def _packed(kernel: torch.Tensor, turned: bool) -> torch.Tensor:

@@ -4,6 +4,7 @@ import ctypes
 from typing import Any, NamedTuple
 
 import torch
+from torch.nn import functional
 
 from dynaconv import native
 
@@ -39,6 +40,11 @@ def innermost(maps: torch.Tensor) -> torch.Tensor:
 def address(tensor: torch.Tensor | None) -> int | None:
     """Returns where the numbers lie, or None of none."""
     return None if tensor is None else tensor.data_ptr()
+
+
+def in_pairs(weights: torch.Tensor) -> torch.Tensor:
+    """Returns (N, K) weights as pairs of bfloat16, K continued to an even number: what kernels are mixed with."""
+    return functional.pad(weights.to(torch.bfloat16), (0, weights.shape[1] % 2)).contiguous()
 
 
 def unpool(maps: Pooled, shape: torch.Size) -> torch.Tensor:

@@ -6,10 +6,9 @@ Source: Lavin and Gray, Fast Algorithms for Convolutional Neural Networks (arXiv
 from collections.abc import Sequence
 
 import torch
-from torch.nn import functional
 
 from dynaconv import native
-from dynaconv.model.compiled_maps import FLOATS, LANES, Pooled, address, check, loaded
+from dynaconv.model.compiled_maps import FLOATS, LANES, Pooled, address, check, in_pairs, loaded
 
 
 def convolve(
@@ -102,5 +101,5 @@ def _transform(kernels: Sequence[torch.Tensor], turned: bool, mixed: bool, tile:
 def _mixing(weights: torch.Tensor, mixed: bool) -> tuple[torch.Tensor | None, torch.Tensor | None]:
     """Returns the weights in pairs of bfloat16 for kernels that are mixed, or as (N,) factors for a single one."""
     if mixed:
-        return functional.pad(weights.to(torch.bfloat16), (0, weights.shape[1] % 2)).contiguous(), None
+        return in_pairs(weights), None
     return None, weights[:, 0].float().contiguous()

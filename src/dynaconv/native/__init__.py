@@ -22,7 +22,8 @@ import torch
 from dynaconv.folders import cache_folder
 
 SOURCES = (
-    *("direct.c", "direct_gradients.c", "tile2.c", "tile4.c", "products.c"),
+    *("direct.c", "direct_gradients.c", "direct_mix.c", "direct_mix_gradients.c"),
+    *("tile2.c", "tile4.c", "products.c"),
     *("maps.c", "normalize.c", "stem.c", "transforms.c"),
 )
 HEADERS = ("matrix.h", "finish.h", "winograd.h", "mix.h", "gradients.h", "products.h", "maps.h", "activation.h")
@@ -154,6 +155,10 @@ def _load(path: Path) -> ctypes.CDLL:
         loaded.dynaconv_direct.argtypes = [
             *[pointer] * 3, number, *[pointer] * 2, number, *[pointer] * 4, shape, threads,
         ]  # fmt: skip
+        loaded.dynaconv_pack_kernels.argtypes = [pointer, pointer, shape, ctypes.c_int, pointer, threads]
+        loaded.dynaconv_pack_kernels.restype = None
+        loaded.dynaconv_direct_mix.argtypes = [*[pointer] * 5, number, *[pointer] * 2, shape, threads]
+        loaded.dynaconv_direct_mix_gradients.argtypes = [*[pointer] * 6, shape, *[pointer] * 2, threads]
         loaded.dynaconv_direct_gradients.argtypes = [*[pointer] * 4, number, shape, pointer, threads]
     loaded.dynaconv_unpool.argtypes = [*[pointer] * 3, shape, threads]
     loaded.dynaconv_unpool.restype = None

@@ -2,7 +2,6 @@
 //
 // Letters: N images, H W map, C channels in, O channels out.
 
-#include "finish.h"
 #include "matrix.h"
 
 #ifdef MATRIX_TILES
@@ -108,49 +107,25 @@ static void find_window(const Ring *ring, int64_t y, int64_t x, int64_t side, Wi
         }
 }
 
-// What is done with the sums of a window: those of every image, 32 outputs from `o`, whole lines of the cache. Adds the
-// inner products with the probe to `products`.
+enum { SHORTCUT = 2 };  // the residual is the inputs
+
+// What is done with the sums of a window: those of every image, 32 outputs from `o`. The inputs themselves, where they
+// are the residual, lie in the window's middle.
 ALWAYS void finish_images(const float *sums, const Ring *ring, const Window *w, const Shape *s, int64_t y, int64_t x,
                           int64_t o, const float *scales, const Finish *finish, __m512 *products, const int pooled,
                           const int added, const int probed) {
-    const int shortcut = added == 2;
-    int64_t left = s->outputs - o;
-    __mmask32 mask = left >= 32 ? 0xffffffff : ((__mmask32)1 << left) - 1;
     for (int64_t i = 0; i < ring->images; i++) {
-        int64_t image = ring->first + i;
-        __m512 low[4], high[4], product = _mm512_setzero_ps(), scale = _mm512_set1_ps(scales ? scales[image] : 1);
+        __m512 low[4], high[4], scale = _mm512_set1_ps(scales ? scales[ring->first + i] : 1);
 #pragma GCC unroll 4
         for (int j = 0; j < 4; j++) {
-            int64_t down = y + j / 2, right = x + j % 2;
             low[j] = _mm512_load_ps(sums + j * MATRIX_PAIRS + i * LANES);
             high[j] = _mm512_load_ps(sums + (4 + j) * MATRIX_PAIRS + i * LANES);
-            int inside = down < s->height && right < s->width;
-            if (probed && inside) {
-                __m512i other = read_numbers(finish->probe, image, down, right, o);
-                _mm_prefetch((const char *)(finish->probe->numbers + ((image * s->height + down) * s->width + right + 2) * s->outputs + o), _MM_HINT_T0);
-                product = _mm512_fmadd_ps(low[j], low_half(other), product);
-                product = _mm512_fmadd_ps(high[j], high_half(other), product);
-            }
-            if (added && inside) {
-                __m512i other = shortcut ? _mm512_load_si512(w->at[w->taps / 2][j] + o / MATRIX_DEPTH * 2 * MATRIX_PAIRS +
-                                                             i * MATRIX_DEPTH)
-                                         : read_numbers(finish->residual, image, down, right, o);
-                low[j] = _mm512_fmadd_ps(low[j], scale, low_half(other));
-                high[j] = _mm512_fmadd_ps(high[j], scale, high_half(other));
-            } else {
-                low[j] = _mm512_mul_ps(low[j], scale), high[j] = _mm512_mul_ps(high[j], scale);
-            }
-            if (!pooled && inside && finish->to)
-                _mm512_mask_storeu_epi16(finish->to + ((image * s->height + down) * s->width + right) * s->outputs + o,
-                                         mask, (__m512i)_mm512_cvtne2ps_pbh(high[j], low[j]));
         }
+        const bf16 *const *beside = added == SHORTCUT ? w->at[w->taps / 2] : NULL;
+        __m512 product = finish_outputs(low, high, s, ring->first + i, y, x, o, scale, beside,
+                                        o / MATRIX_DEPTH * 2 * MATRIX_PAIRS + i * MATRIX_DEPTH, finish, pooled,
+                                        added, probed);
         if (probed) products[i] = _mm512_add_ps(products[i], product);
-        if (!pooled || y + 1 >= s->height || x + 1 >= s->width) continue;
-        __m128i from[2];
-        __m512 first = largest_of(low, from), second = largest_of(high, from + 1);
-        int64_t place = ((image * (s->height / 2) + y / 2) * (s->width / 2) + x / 2) * s->outputs + o;
-        _mm512_mask_storeu_epi16(finish->to + place, mask, (__m512i)_mm512_cvtne2ps_pbh(second, first));
-        _mm256_mask_storeu_epi8(finish->places + place, mask, _mm256_set_m128i(from[1], from[0]));
     }
 }
 
@@ -159,15 +134,15 @@ ALWAYS void finish_images(const float *sums, const Ring *ring, const Window *w, 
 //   side       that of the kernel, 3 or 1
 //   to_scales  (N, half of H rounded up), the inner products by pairs of rows
 //   y          or none, where they alone are wanted
-#define FINISH(pooled, probed)                                                                               \
-    {                                                                                                        \
-        if (added == 2) \
-            finish_images(sums, &ring, &window, s, down, right, o, scales, &finish, products, pooled, 2, probed && probe); \
-        else if (added)                                                                                           \
-            finish_images(sums, &ring, &window, s, down, right, o, scales, &finish, products, pooled, 1, probed && probe); \
-        else                                                                                                 \
-            finish_images(sums, &ring, &window, s, down, right, o, scales, &finish, products, pooled, 0, probed && probe); \
-    }
+#define FINISH_IMAGES(pooled, added, probed) \
+    finish_images(sums, &ring, &window, s, down, right, o, scales, &finish, products, pooled, added, probed)
+#define FINISH(pooled, probed)                    \
+    if (added == SHORTCUT)                        \
+        FINISH_IMAGES(pooled, SHORTCUT, probed);  \
+    else if (added)                               \
+        FINISH_IMAGES(pooled, 1, probed);         \
+    else                                          \
+        FINISH_IMAGES(pooled, 0, probed);
 int dynaconv_direct(const bf16 *x, const uint8_t *x_places, const uint32_t *kernel, int64_t side, const float *scales,
                     const bf16 *residual, int64_t residual_channels, const bf16 *probe, float *to_scales, bf16 *y,
                     uint8_t *y_places, const Shape *s, int threads) {
@@ -211,13 +186,14 @@ int dynaconv_direct(const bf16 *x, const uint8_t *x_places, const uint32_t *kern
                                                     sums + 4 * MATRIX_PAIRS);
                                 else
                                     memset(sums + 4 * MATRIX_PAIRS, 0, 4 * MATRIX_PAIRS * 4);
-                                int added = residual && o < residual_channels ? 1 + (residual == x) : 0;
-                                if (y_places)
-                                    FINISH(1, 1)
-                                else if (probe)
+                                int added = residual && o < residual_channels ? residual == x ? SHORTCUT : 1 : 0;
+                                if (y_places) {
+                                    FINISH(1, 0)
+                                } else if (probe) {
                                     FINISH(0, 1)
-                                else
+                                } else {
                                     FINISH(0, 0)
+                                }
                             }
                         }
                         if (!probe) continue;

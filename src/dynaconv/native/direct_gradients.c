@@ -13,37 +13,6 @@
 
 static const int64_t MOST_PACKED = (int64_t)1 << 20;  // bytes of packed maps that a thread works on at once
 
-// 16 rows of 16 to 16 columns.
-static void transpose(__m512i r[LANES]) {
-    __m512i t[LANES];
-#pragma GCC unroll 16
-    for (int i = 0; i < LANES; i += 2) {
-        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
-        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < LANES; i += 4) {
-        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
-        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
-        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
-        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < 4; i++) {
-        t[i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
-        t[4 + i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
-        t[8 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
-        t[12 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
-    }
-#pragma GCC unroll 16
-    for (int i = 0; i < 4; i++) {
-        r[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
-        r[4 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88);
-        r[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
-        r[12 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd);
-    }
-}
-
 // 32 channels of a place of an image, or zeros behind the last image.
 ALWAYS __m512i read_image(const Maps *maps, int64_t image, int64_t images, int64_t y, int64_t x, int64_t c) {
     return image < images ? read_numbers(maps, image, y, x, c) : _mm512_setzero_si512();
@@ -51,16 +20,13 @@ ALWAYS __m512i read_image(const Maps *maps, int64_t image, int64_t images, int64
 
 // One row of the maps of 32 images to (W, up to C / 16) right tiles of pairs of images.
 static void pack_pairs(const Maps *maps, int64_t first, int64_t images, int64_t y, uint32_t *to) {
-    const __m512i low = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6, 37,
-                                         5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
-    const __m512i high = _mm512_add_epi16(low, _mm512_set1_epi16(16));
     for (int64_t x = 0; x < maps->width; x++)
         for (int64_t c = 0; c < maps->channels; c += MATRIX_DEPTH, to += 2 * MATRIX_PAIRS)
             for (int64_t pair = 0; pair < MATRIX_ROWS; pair++) {
                 __m512i a = read_image(maps, first + 2 * pair, images, y, x, c);
                 __m512i b = read_image(maps, first + 2 * pair + 1, images, y, x, c);
-                _mm512_store_si512(to + pair * LANES, _mm512_permutex2var_epi16(a, low, b));
-                _mm512_store_si512(to + MATRIX_PAIRS + pair * LANES, _mm512_permutex2var_epi16(a, high, b));
+                _mm512_store_si512(to + pair * LANES, pair_low(a, b));
+                _mm512_store_si512(to + MATRIX_PAIRS + pair * LANES, pair_high(a, b));
             }
 }
 

@@ -9,7 +9,7 @@
 
 #pragma once
 
-#include "maps.h"
+#include "finish.h"
 
 #ifdef __AMX_BF16__
 #define MATRIX_TILES 1
@@ -60,11 +60,100 @@ ALWAYS __m512i read_numbers(const Maps *maps, int64_t image, int64_t y, int64_t 
     return _mm512_maskz_loadu_epi16(mask, maps->numbers + place);
 }
 
+// 32 channels at a place, zeros outside the map.
+ALWAYS __m512i read_around(const Maps *maps, int64_t image, int64_t y, int64_t x, int64_t channel) {
+    if (y < 0 || y >= maps->height || x < 0 || x >= maps->width) return _mm512_setzero_si512();
+    return read_numbers(maps, image, y, x, channel);
+}
+
 ALWAYS __m512 low_half(__m512i numbers) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_castsi512_si256(numbers)), 16));
 }
 ALWAYS __m512 high_half(__m512i numbers) {
     return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm512_extracti64x4_epi64(numbers, 1)), 16));
+}
+
+// Pairs (a_i, b_i) of the first 16 numbers of two lines, and of the last 16.
+static inline __m512i pair_low(__m512i a, __m512i b) {
+    const __m512i order = _mm512_set_epi16(47, 15, 46, 14, 45, 13, 44, 12, 43, 11, 42, 10, 41, 9, 40, 8, 39, 7, 38, 6,
+                                           37, 5, 36, 4, 35, 3, 34, 2, 33, 1, 32, 0);
+    return _mm512_permutex2var_epi16(a, order, b);
+}
+static inline __m512i pair_high(__m512i a, __m512i b) {
+    const __m512i order = _mm512_set_epi16(63, 31, 62, 30, 61, 29, 60, 28, 59, 27, 58, 26, 57, 25, 56, 24, 55, 23, 54,
+                                           22, 53, 21, 52, 20, 51, 19, 50, 18, 49, 17, 48, 16);
+    return _mm512_permutex2var_epi16(a, order, b);
+}
+
+// 16 rows of 16 to 16 columns.
+static inline void transpose(__m512i r[LANES]) {
+    __m512i t[LANES];
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i += 2) {
+        t[i] = _mm512_unpacklo_epi32(r[i], r[i + 1]);
+        t[i + 1] = _mm512_unpackhi_epi32(r[i], r[i + 1]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i += 4) {
+        r[i] = _mm512_unpacklo_epi64(t[i], t[i + 2]);
+        r[i + 1] = _mm512_unpackhi_epi64(t[i], t[i + 2]);
+        r[i + 2] = _mm512_unpacklo_epi64(t[i + 1], t[i + 3]);
+        r[i + 3] = _mm512_unpackhi_epi64(t[i + 1], t[i + 3]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 4; i++) {
+        t[i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0x88);
+        t[4 + i] = _mm512_shuffle_i32x4(r[i], r[4 + i], 0xdd);
+        t[8 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0x88);
+        t[12 + i] = _mm512_shuffle_i32x4(r[8 + i], r[12 + i], 0xdd);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < 4; i++) {
+        r[i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0x88);
+        r[4 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0x88);
+        r[8 + i] = _mm512_shuffle_i32x4(t[i], t[8 + i], 0xdd);
+        r[12 + i] = _mm512_shuffle_i32x4(t[4 + i], t[12 + i], 0xdd);
+    }
+}
+
+// Multiplies 2x2 sums of 32 outputs from `o`, a whole line of the cache, by the scale, adds the residual, and stores
+// them or the largest of each window. The residual lies at `beside`, for each place, if it is known to. Returns the
+// inner product of the probe and the sums before that.
+ALWAYS __m512 finish_outputs(__m512 low[4], __m512 high[4], const Shape *s, int64_t image, int64_t y, int64_t x,
+                             int64_t o, __m512 scale, const bf16 *const *beside, int64_t there, const Finish *finish,
+                             const int pooled, const int added, const int probed) {
+    int64_t left = s->outputs - o;
+    __mmask32 mask = left >= 32 ? 0xffffffff : ((__mmask32)1 << left) - 1;
+    __m512 product = _mm512_setzero_ps();
+#pragma GCC unroll 4
+    for (int j = 0; j < 4; j++) {
+        int64_t down = y + j / 2, right = x + j % 2, place = (image * s->height + down) * s->width + right;
+        int inside = down < s->height && right < s->width;
+        if (probed && inside) {
+            __m512i other = read_numbers(finish->probe, image, down, right, o);
+            _mm_prefetch((const char *)(finish->probe->numbers + (place + 2) * s->outputs + o), _MM_HINT_T0);
+            product = _mm512_fmadd_ps(low[j], low_half(other), product);
+            product = _mm512_fmadd_ps(high[j], high_half(other), product);
+        }
+        if (added && inside) {
+            __m512i other = beside ? _mm512_load_si512(beside[j] + there)
+                                   : read_numbers(finish->residual, image, down, right, o);
+            low[j] = _mm512_fmadd_ps(low[j], scale, low_half(other));
+            high[j] = _mm512_fmadd_ps(high[j], scale, high_half(other));
+        } else {
+            low[j] = _mm512_mul_ps(low[j], scale), high[j] = _mm512_mul_ps(high[j], scale);
+        }
+        if (!pooled && inside && finish->to)
+            _mm512_mask_storeu_epi16(finish->to + place * s->outputs + o, mask,
+                                     (__m512i)_mm512_cvtne2ps_pbh(high[j], low[j]));
+    }
+    if (!pooled || y + 1 >= s->height || x + 1 >= s->width) return product;
+    __m128i from[2];
+    __m512 first = largest_of(low, from), second = largest_of(high, from + 1);
+    int64_t place = ((image * (s->height / 2) + y / 2) * (s->width / 2) + x / 2) * s->outputs + o;
+    _mm512_mask_storeu_epi16(finish->to + place, mask, (__m512i)_mm512_cvtne2ps_pbh(second, first));
+    _mm256_mask_storeu_epi8(finish->places + place, mask, _mm256_set_m128i(from[1], from[0]));
+    return product;
 }
 
 #endif
