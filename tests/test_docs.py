@@ -89,13 +89,17 @@ def test_figures_of_the_fast_recipes_are_those_of_their_results(recipe):
     assert f"{len(metrics['test_accuracy']['values'])} seed" in row
 
 
-def test_figures_of_the_seeds_of_fast92_are_those_of_their_result():
-    document = json.loads((RESULTS / "fast92-all.json").read_text())
+@pytest.mark.parametrize(
+    ("name", "recipe"),
+    [("fast92-all", "`fast92`, the default, with"), ("fast92-avx512", "`fast92` with `--epochs 9` and")],
+)
+def test_figures_of_the_seeds_of_fast92_are_those_of_their_result(name, recipe):
+    document = json.loads((RESULTS / f"{name}.json").read_text())
     metrics, told = document["metrics"], RECIPES["fast92"].__doc__ or ""
     test = metrics["test_accuracy"]
     between = f"{test['mean']:.2%} ({min(test['values']):.2%} to {max(test['values']):.2%})"
     (row,) = (line for line in (ROOT / "README.md").read_text().splitlines() if between in line)
-    assert row.startswith("| `fast92`, the default, with `--validation-fraction 0` |")
+    assert row.startswith(f"| {recipe} `--validation-fraction 0` |")
     assert f"| {metrics['train_seconds']['mean']:.0f} seconds |" in row
     assert f"{len(document['seeds'])} seeds" in row
     assert f"{metrics['peak_memory_bytes']['mean'] / 1e9:.1f} GB" in row
@@ -147,16 +151,17 @@ def test_figures_of_the_trainings_on_a_gpu_are_those_of_their_results():
         assert f"| {channels} at {side}x{side} | {one} | {two} |" in page
 
 
-def test_figures_of_the_mixture_and_of_the_step_are_those_of_their_results():
+@pytest.mark.parametrize("machine", ["", "-avx512"])
+def test_figures_of_the_mixture_and_of_the_step_are_those_of_their_results(machine):
     page = (ROOT / "docs" / "speed.md").read_text()
-    mixture = json.loads((RESULTS / "mixture.json").read_text())["metrics"]
+    mixture = json.loads((RESULTS / f"mixture{machine}.json").read_text())["metrics"]
     for shape in ("64->64@32", "128->128@16", "256->256@8", "512->512@4"):
         channels, side = shape.partition("->")[0], shape.rpartition("@")[2]
         for batch in ("128", "1", "128 bfloat16", "1 bfloat16"):
             row = mixture[f"{shape} kernels 3 3 3 3 batch {batch}"]
             told = f"{row['chosen']}, {row['times_static'][row['chosen']]['median']:.2f}"
             assert re.search(rf"\| {channels} at {side}x{side} \|.*{re.escape(told)}", page), (shape, batch, told)
-    steps = json.loads((RESULTS / "train_speed.json").read_text())["metrics"]
+    steps = json.loads((RESULTS / f"train_speed{machine}.json").read_text())["metrics"]
     for recipe in ("fast92", "coursework"):
         found = steps[recipe]
         rate, times = found["images_per_second"]["median"], found["times_plain"]["median"]

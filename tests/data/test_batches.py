@@ -2,7 +2,9 @@
 
 import pytest
 import torch
+from torch.nn import functional
 
+from dynaconv.data import batches
 from dynaconv.data.batches import Batches
 from dynaconv.data.images import ImageSet
 from dynaconv.recipe import AugmentSettings
@@ -79,6 +81,14 @@ def test_alternate_flip_shows_each_image_mirrored_in_every_other_epoch():
     assert torch.equal(mirrored[0], ~mirrored[1])
     assert torch.equal(mirrored[0], mirrored[2])
     assert 5 < mirrored[0].sum() < 35
+
+
+@pytest.mark.parametrize("side", [5, 8, 11, 16, 24])
+def test_a_scaled_image_is_torchs(side):
+    images = torch.rand(6, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    expected = functional.interpolate(images, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
+    with torch.autocast("cpu", torch.bfloat16):  # as in training
+        torch.testing.assert_close(batches._scale(images, side), expected, rtol=1e-6, atol=1e-6)
 
 
 def test_sizes_scale_each_epoch_and_keep_the_mean():

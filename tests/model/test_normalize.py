@@ -98,3 +98,32 @@ def test_float32_is_torchs_own():
     maps = make_maps(3, 16, 4, 4).float()
     found = normalize_and_activate(make_norm(16), maps, "relu", ACTIVATIONS["relu"])[0]
     assert torch.equal(found, torch.relu(make_norm(16)(maps)))
+
+
+@needs_library
+@pytest.mark.parametrize("activation", sorted(CODES))
+@pytest.mark.parametrize("shape", CASES[:3], ids=str)
+def test_averages_and_what_comes_back_of_them(shape, activation):
+    maps, found, expected = make_maps(*shape), [], []
+    back = torch.randn(*shape[:2], 1, 1, generator=torch.Generator().manual_seed(3))
+    for precise, to in ((False, found), (True, expected)):
+        norm, leaf = make_norm(shape[1]), (maps.double() if precise else maps.clone()).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=not precise):
+            if precise:
+                result = ACTIVATIONS[activation](norm.double()(leaf))
+                averages = result.mean((2, 3), keepdim=True)
+            else:
+                result, averages = normalize_and_activate(norm, leaf, activation, ACTIVATIONS[activation])
+        weight = 1 / result[0, 0].numel()  # of the maps, whose gradient is added to that of the averages
+        (weight * result.sum() + (averages * back.to(averages.dtype)).sum()).backward()
+        to += [averages.detach(), leaf.grad, norm.weight.grad, norm.bias.grad]
+    assert found[0].dtype == torch.float32
+    assert [distance(*pair) for pair in zip(found, expected, strict=True)] == pytest.approx([0] * 4, abs=1e-2)
+
+
+@needs_library
+def test_averages_alone():
+    norm, maps = make_norm(16), make_maps(4, 16, 8, 8).requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16):
+        normalize_and_activate(norm, maps, "silu", ACTIVATIONS["silu"])[1].square().sum().backward()
+    assert maps.grad.abs().sum() > 0

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import cache
 
 import torch
 from torch.nn import functional
@@ -83,7 +84,22 @@ def _scale(images: torch.Tensor, side: int) -> torch.Tensor:
     """Scales (N, C, H, W) to (N, C, side, side), each pixel an average over the area that it covers."""
     if images.shape[-1] == side:
         return images
-    return functional.interpolate(images, size=(side, side), mode="bilinear", antialias=True, align_corners=False)
+    if images.device.type != "cpu":
+        return _resize(images, side, side)
+    # As matrix products, a fifth of the time of torch's own loop on a CPU, and to the last digit but one the same.
+    height, width = images.shape[2:]
+    with torch.autocast("cpu", enabled=False):
+        return _averages(height, side) @ (images @ _averages(width, side).mT)
+
+
+def _resize(images: torch.Tensor, height: int, width: int) -> torch.Tensor:
+    return functional.interpolate(images, size=(height, width), mode="bilinear", antialias=True, align_corners=False)
+
+
+@cache
+def _averages(before: int, after: int) -> torch.Tensor:
+    """Returns the (after, before) weights with which a row of pixels is scaled."""
+    return _resize(torch.eye(before, dtype=torch.float32, device="cpu")[None, None], after, before)[0, 0]
 
 
 def epoch_generator(seed: int, epoch: int) -> torch.Generator:

@@ -1,11 +1,12 @@
-"""Convolutions and mixtures in bfloat16 by Winograd's algorithm, compiled for the processor (see `native`).
+"""Convolutions and mixtures in bfloat16, compiled for the processor (see `native`).
 
     O_n = a_n1 Conv_1(X_n) + ... + a_nK Conv_K(X_n) + R_n
 
-in one pass over the maps, the kernels mixed on the way. The backward pass towards the input is the same mixture of the
-kernels turned by half a turn. A tile of 4x4 outputs takes 36 multiplications a channel where a direct convolution takes
-144, one of 2x2 16 where it takes 36. What lies between the transforms is rounded to bfloat16, which leaves results
-within 1.2% of their norm, mixed ones within 1.6%, with tiles of 2x2 within 0.5%; a direct convolution is within 0.2%.
+in one pass over the maps, and the way back. Where the processor has matrix tiles (AMX) all is computed directly
+(`compiled_direct`), within 0.2% of the results' norm. Elsewhere it goes through Winograd's algorithm
+(`compiled_winograd`): a tile of 4x4 outputs takes 36 multiplications a channel where a direct convolution takes 144,
+one of 2x2 16 where it takes 36. What lies between the transforms is rounded to bfloat16, which leaves results within
+1.2% of their norm, mixed ones within 1.6%, with tiles of 2x2 within 0.5%.
 
 Letters: N images, C channels in, O channels out, H W map, K convolutions.
 Source: Lavin and Gray, Fast Algorithms for Convolutional Neural Networks (arXiv:1509.09308).
@@ -59,8 +60,8 @@ def mix(
     Raises:
         ValueError: the shapes do not fit, or maps that are pooled are lower or narrower than two places.
     Cost: N*C*O*H*W*9/4 multiply-adds by tiles of 4x4, N*C*O*H*W*4 by those of 2x2 (see `pick_tile`), of mixed kernels
-    K*N*C*O*36 or K*N*C*O*16 more; keeps nothing but its arguments, and where pooled a byte for every number of the
-    result, for the backward pass.
+    K*N*C*O*36 or K*N*C*O*16 more; N*C*O*H*W*9 directly, times K or K*N*C*O*9 more, whichever takes less time. Keeps
+    nothing but its arguments, and where pooled a byte for every number of the result, for the backward pass.
     """
     _check_shapes(inputs, kernels, weights, residual, pooled)
     is_shortcut = residual is inputs
@@ -140,12 +141,13 @@ class _Mixture(torch.autograd.Function):
         inputs, places, weights, *kernels = ctx.saved_tensors
         wants_inputs, wants_residual, _, _, wants_weights, *wants_kernels = ctx.needs_input_grad
         back = Pooled(innermost(gradient.to(torch.bfloat16)), places)
-        tile = pick_tile(*inputs.shape[2:], _mixed(kernels))
+        height, width = inputs.shape[2:]
+        tile = pick_tile(height, width, _mixed(kernels))
         to_inputs = to_weights = None
         to_kernels: list[torch.Tensor | None] = [None] * len(kernels)
         # What comes back of one kernel, before it is scaled, is also what its weight gets from each input.
         alone = len(kernels) == 1 and (wants_inputs or tile == DIRECT)
-        separate = tile == DIRECT and not compiled_direct.mixes(kernels, *inputs.shape[2:])
+        separate = tile == DIRECT and not compiled_direct.mixes(kernels, height, width)
         probed = wants_weights and (alone or separate)
         if wants_inputs or probed:
             to_inputs = torch.empty_like(inputs, memory_format=torch.channels_last)
