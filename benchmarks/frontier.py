@@ -4,7 +4,8 @@ Commands: python benchmarks/frontier.py run RECIPE EPOCHS [...]    (one training
           python benchmarks/frontier.py summary    (writes results/frontier.json and docs/figures/frontier.png)
 Needs: DYNACONV_DATA. `run` never opens the test split, and does not repeat a run that has ended. The summary also takes
 in the runs of `recipe.py` that held images out for validation, and what `seeds.py` (in compare-gpu.json) and
-`equal_cost.py` trained with the settings of a recipe for some length.
+`equal_cost.py` trained with the settings of a recipe for some length. Lengths of an earlier summary whose runs are not
+here any more stay as they were, each with its commit.
 """
 
 import dataclasses
@@ -53,6 +54,9 @@ def summarise() -> None:
     found: dict[str, dict[int, list[dict[str, Any]]]] = {}
     for row in (*tries(), *finished(), *accelerated()):
         found.setdefault(row.pop("recipe"), {}).setdefault(row.pop("epochs"), []).append(row)
+    for name, lengths in json.loads((RESULTS / "frontier.json").read_text())["metrics"].items():
+        for epochs, length in lengths.items():
+            found.setdefault(name, {}).setdefault(int(epochs), length["runs"])
     metrics = {
         name: {
             str(epochs): {key: over_seeds([row[key] for row in rows]) for key in ACCURACIES} | {"runs": rows}

@@ -106,7 +106,7 @@ def mix_once(kernels: Sequence[torch.Tensor], weights: torch.Tensor, dtype: torc
 
 
 class _Mixture(torch.autograd.Function):
-    """One kernel is convolved with and its sums are scaled; of several, every image gets its own mixture."""
+    """One kernel is convolved with and its sums are scaled; of several, every image gets a mixture."""
 
     @staticmethod
     def forward(
@@ -145,7 +145,7 @@ class _Mixture(torch.autograd.Function):
         tile = pick_tile(height, width, _mixed(kernels))
         to_inputs = to_weights = None
         to_kernels: list[torch.Tensor | None] = [None] * len(kernels)
-        # What comes back of one kernel, before it is scaled, is also what its weight gets from each input.
+        # What comes back through one kernel, before it is scaled, and the inputs give the gradient of its weight.
         alone = len(kernels) == 1 and (wants_inputs or tile == DIRECT)
         separate = tile == DIRECT and not compiled_direct.mixes(kernels, height, width)
         probed = wants_weights and (alone or separate)

@@ -139,7 +139,8 @@ def mix_compiled(
 
     Arguments and result as in `mix_literally`, `residual` and `pooled` as in `compiled.mix`. One 3x3 kernel among
     others is convolved with, scaled and added to what they give; of several, or with 1x1 kernels on maps that are large
-    for their channels, every image gets its own mixture, 1x1 kernels included. Where the machine has no such
+    for their channels, every image gets its own mixture, 1x1 kernels included. On matrix tiles it is what costs less of
+    these, for all kernels (`compiled_direct.mixes`). Where the machine has no such
     convolution, or the inputs are not bfloat16, this is the literal form.
     Cost: that of `compiled.mix`, and a convolution for each kernel that it does not take.
     """
@@ -192,7 +193,7 @@ def choose_form(kernel_sizes: Sequence[int], outputs: int, inputs: torch.Tensor)
     """
     images, channels, height, width = inputs.shape
     if inputs.device.type == "cpu" and channels <= 3 and not inputs.requires_grad:
-        # The compiled form continues three channels to sixteen: up to 32 outputs that costs less than the patches do.
+        # The compiled form continues three channels to 16 or 32: up to 32 outputs that costs less than the patches do.
         narrow = outputs <= 32 and 3 in kernel_sizes and set(kernel_sizes) <= {1, 3}
         narrow = narrow and min(height, width) >= 2 and images > 1
         return "compiled" if narrow and compiled.computes(inputs) else "patches"

@@ -2,7 +2,8 @@
 
 There is nothing to install. Where the processor lacks the instructions, or the machine a compiler, `library` returns
 None and torch's functions are taken instead: the same results but for the last digits of the number format; the
-convolutions are about twice as slow, the transforms eight times.
+convolutions, with what lies around them, are two to three times as slow, the transforms eight times. With matrix tiles
+(AMX) the convolutions are others than without (docs/decisions/0014-matrix-tiles.md).
 """
 
 import ctypes
@@ -149,7 +150,7 @@ def _load(path: Path) -> ctypes.CDLL:
         getattr(loaded, f"dynaconv_mix{tile}").argtypes = [*[pointer] * 6, number, *[pointer] * 4, shape, threads]
         gradients = getattr(loaded, f"dynaconv_mix_gradients{tile}")
         gradients.argtypes = [*[pointer] * 6, shape, *[pointer] * 3, threads]
-    if loaded.dynaconv_matrix_tiles():
+    if hasattr(loaded, "dynaconv_direct"):  # built for a processor with matrix tiles
         loaded.dynaconv_pack_kernel.argtypes = [pointer, number, shape, ctypes.c_int, pointer, threads]
         loaded.dynaconv_pack_kernel.restype = None
         loaded.dynaconv_direct.argtypes = [

@@ -1,5 +1,8 @@
 // Convolutions with 3x3 or 1x1 kernels, zeros around the map, stride one, computed directly on matrix tiles.
 //
+// A left tile's 16 rows are 16 images at the same place of their maps, so that maps of any size are whole tiles. What
+// would have to be multiplied with the zeros around a map is left out, a third of all products on a map of 4x4.
+//
 // Letters: N images, H W map, C channels in, O channels out.
 
 #include "matrix.h"
@@ -137,9 +140,9 @@ ALWAYS void finish_images(const float *sums, const Ring *ring, const Window *w, 
 #define FINISH_IMAGES(pooled, added, probed) \
     finish_images(sums, &ring, &window, s, down, right, o, scales, &finish, products, pooled, added, probed)
 #define FINISH(pooled, probed)                    \
-    if (added == SHORTCUT)                        \
+    if (beside == SHORTCUT)                       \
         FINISH_IMAGES(pooled, SHORTCUT, probed);  \
-    else if (added)                               \
+    else if (beside)                              \
         FINISH_IMAGES(pooled, 1, probed);         \
     else                                          \
         FINISH_IMAGES(pooled, 0, probed);
@@ -151,9 +154,10 @@ int dynaconv_direct(const bf16 *x, const uint8_t *x_places, const uint32_t *kern
     int64_t strip = most(2, least(up(s->height, 2), (MOST_ROWS / (step * 2) - 2) / 2 * 2));
     int64_t chunk = most(1, MOST_KERNEL / (of_kernel * 8)) * 2 * LANES;
     // A group of images is cut where there are too few of them to keep all threads busy.
-    int64_t cuts = groups >= 4 * threads ? 1 : least(threads, (s->height + strip - 1) / strip);
+    int64_t cuts = groups >= 4 * threads ? 1 : least(threads, (s->height + 1) / 2);
     int64_t rows_each = up((s->height + cuts - 1) / cuts, 2);
     Maps inputs = {x, x_places, s->height, s->width, s->channels};
+    int shortcut = residual == x && residual_channels == s->channels;
     Maps added = {residual, residual == x ? x_places : NULL, s->height, s->width, residual_channels};
     Maps probes = {probe, NULL, s->height, s->width, s->outputs};
     int failed = 0;
@@ -169,7 +173,8 @@ int dynaconv_direct(const bf16 *x, const uint8_t *x_places, const uint32_t *kern
         for (int64_t task = 0; task < groups * cuts; task++) {
             if (!rows || !sums) continue;
             int64_t first = task / cuts * MATRIX_ROWS, top = task % cuts * rows_each;
-            Ring ring = {&inputs, first, least(MATRIX_ROWS, s->images - first), strip + 2, step, most(0, top - 1), rows};
+            int64_t images = least(MATRIX_ROWS, s->images - first);
+            Ring ring = {&inputs, first, images, strip + 2, step, most(0, top - 1), rows};
             for (int64_t start = top; start < least(s->height, top + rows_each); start += strip) {
                 int64_t stop = least(s->height, least(top + rows_each, start + strip));
                 pack_until(&ring, stop + 1);
@@ -186,7 +191,7 @@ int dynaconv_direct(const bf16 *x, const uint8_t *x_places, const uint32_t *kern
                                                     sums + 4 * MATRIX_PAIRS);
                                 else
                                     memset(sums + 4 * MATRIX_PAIRS, 0, 4 * MATRIX_PAIRS * 4);
-                                int added = residual && o < residual_channels ? residual == x ? SHORTCUT : 1 : 0;
+                                int beside = residual && o < residual_channels ? shortcut ? SHORTCUT : 1 : 0;
                                 if (y_places) {
                                     FINISH(1, 0)
                                 } else if (probe) {

@@ -11,6 +11,7 @@
 
 #ifdef MATRIX_TILES
 
+static const int64_t MOST_SUMS = (int64_t)256 << 20;   // bytes of gradients that all threads add up
 static const int64_t MOST_PACKED = (int64_t)1 << 20;  // bytes of packed maps that a thread works on at once
 
 // 32 channels of a place of an image, or zeros behind the last image.
@@ -60,8 +61,9 @@ typedef struct {
     uint32_t *x, *dy;
 } Packed;
 
-// Adds to six sums of 16 outputs and 16 channels, of `dx` = -1, 0, 1 and 32 channels: one row of the kernel. Of a 1x1
-// kernel it is the middle two alone.
+// Adds to six sums of 16 outputs and 16 channels: of the three taps in the kernel's row that looks `down` by -1, 0 or
+// 1, and of 32 channels. Of a 1x1 kernel it is the middle two alone. `o` and `c` are where the outputs and the channels
+// begin in a place.
 static void add_products(const Packed *p, const Shape *s, int64_t start, int64_t stop, int64_t down, int64_t side,
                          int64_t o, int64_t c, float *sums, int fresh) {
     if (fresh) {
@@ -127,6 +129,8 @@ int dynaconv_direct_gradients(const bf16 *x, const bf16 *dy, const uint8_t *plac
     int64_t chunks = (groups + sizes.groups - 1) / sizes.groups;
     int64_t cuts = chunks >= 4 * threads ? 1 : least(threads, s->height), rows_each = (s->height + cuts - 1) / cuts;
     int64_t rows = 3 * 2 * MATRIX_PAIRS, space = outputs / LANES * (channels / MATRIX_DEPTH) * side * rows;
+    // Each thread has sums of its own: no more of them than there is work, nor than a few caches hold.
+    threads = (int)most(1, least(threads, least(chunks * cuts, MOST_SUMS / (space * 4))));
     float *spaces = aligned_alloc(64, threads * space * 4);
     Maps inputs = {x, NULL, s->height, s->width, s->channels}, back = {dy, places, s->height, s->width, s->outputs};
     int failed = !spaces;

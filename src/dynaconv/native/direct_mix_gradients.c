@@ -2,9 +2,9 @@
 //
 //   G_n = dY_n * X_n,    dW_k = sum over images of a_nk G_n,    da_nk = <G_n, W_k>
 //
-// A product sums over 32 places of one image. The gradients of a few images' own kernels are made 16 outputs, 32 channels
-// and a column of taps at a time and shared out at once, so that they never leave the nearest cache. Each thread has
-// outputs and channels of its own, of all images.
+// A product sums over 32 places of one image. The gradients of a few images' own kernels are made 16 outputs, 32
+// channels and a column of taps at a time and shared out at once, so that they never leave the nearest cache. Each
+// thread has outputs and channels of its own, of all images.
 //
 // Letters: N images, H W map, C channels in, O channels out, K kernels.
 
@@ -89,8 +89,8 @@ static void multiply_column(const uint32_t *left, const uint32_t *right, int64_t
     WRITTEN;
 }
 
-// Adds the gradients of `images` images, times their weights, to those of `count` kernels, and their inner products with
-// the kernels to `shares`, a vector for each image and kernel.
+// Adds the gradients of `images` images, times their weights, to those of `count` kernels, and their inner products
+// with the kernels to `shares`, a vector for each image and kernel.
 ALWAYS void share_out(const float *gradients, const float *kernels, const float *weights, float *sums, float *shares,
                       const int images, const int count) {
     __m512 share[TOGETHER * MOST_KERNELS];
@@ -119,6 +119,25 @@ static inline int64_t number_of(int64_t o, int64_t c, int64_t tap) {
     return tap % 3 * COLUMN + (tap / 3 * 2 + c % MATRIX_DEPTH / LANES) * MATRIX_PAIRS + o % LANES * LANES + c % LANES;
 }
 
+// Brings K kernels, (O, C, side, side), into the order of gradients, (O / 16, C / 32, K, BLOCK_NUMBERS); or `back`.
+static void order_numbers(float *const *kernels, const int64_t *sides, const Shape *s, float *numbers, int back) {
+#pragma omp for schedule(static)
+    for (int64_t o = 0; o < s->outputs; o++)
+        for (int64_t c = 0; c < s->channels; c++)
+            for (int64_t k = 0; k < s->kernels; k++) {
+                int64_t block = o / LANES * blocks_of(s->channels) + c / MATRIX_DEPTH, taps = sides[k] * sides[k];
+                float *kernel = kernels[k] + (o * s->channels + c) * taps;
+                float *here = numbers + (block * s->kernels + k) * BLOCK_NUMBERS;
+                for (int64_t tap = 0; tap < taps; tap++) {
+                    float *number = here + number_of(o, c, taps == 1 ? 4 : tap);  // a kernel of 1x1 is the middle
+                    if (back)
+                        kernel[tap] = *number;
+                    else
+                        *number = kernel[tap];
+                }
+            }
+}
+
 // The gradients of `dynaconv_direct_mix` with x from that of its result, dy, or what max-pooling left of it, with its
 // places: towards the kernels, (O, C, side, side) float32 each, and towards the weights, (N, K) float32.
 // At most `MOST_KERNELS` kernels; W is even. Returns 0, or 1 where memory is short.
@@ -142,18 +161,7 @@ int dynaconv_direct_mix_gradients(const bf16 *x, const bf16 *dy, const uint8_t *
             float gradients[TOGETHER * COLUMN] __attribute__((aligned(64)));
             MatrixConfig before;
             take_tiles(&before);
-#pragma omp for schedule(static)
-            for (int64_t o = 0; o < s->outputs; o++)
-                for (int64_t c = 0; c < s->channels; c++)
-                    for (int64_t k = 0; k < count; k++) {
-                        float *to = plain + (o / LANES * blocks + c / MATRIX_DEPTH) * block + k * BLOCK_NUMBERS;
-                        int64_t kernel = o * s->channels + c;
-                        for (int64_t tap = 0; tap < 9; tap++)
-                            if (sides[k] == 3)
-                                to[number_of(o, c, tap)] = kernels[k][kernel * 9 + tap];
-                            else if (tap == 4)
-                                to[number_of(o, c, tap)] = kernels[k][kernel];
-                    }
+            order_numbers((float *const *)kernels, sides, s, plain, 0);
             for (int64_t first = 0; first < s->images; first += slab) {
                 int64_t images = least(slab, s->images - first);
 #pragma omp for schedule(static)
@@ -185,18 +193,7 @@ int dynaconv_direct_mix_gradients(const bf16 *x, const bf16 *dy, const uint8_t *
                         }
             }
             give_tiles_back(&before);
-#pragma omp for schedule(static)
-            for (int64_t o = 0; o < s->outputs; o++)
-                for (int64_t c = 0; c < s->channels; c++)
-                    for (int64_t k = 0; k < count; k++) {
-                        const float *from = sums + (o / LANES * blocks + c / MATRIX_DEPTH) * block + k * BLOCK_NUMBERS;
-                        float *to = to_kernels[k] + (o * s->channels + c) * sides[k] * sides[k];
-                        for (int64_t tap = 0; tap < 9; tap++)
-                            if (sides[k] == 3)
-                                to[tap] = from[number_of(o, c, tap)];
-                            else if (tap == 4)
-                                to[0] = from[number_of(o, c, tap)];
-                    }
+            order_numbers(to_kernels, sides, s, sums, 1);
 #pragma omp for schedule(static)
             for (int64_t i = 0; i < s->images * count; i++) {
                 __m512 sum = _mm512_setzero_ps();

@@ -4,8 +4,6 @@
 //   sums[16 rows][16 columns] += left[16 rows][16 pairs] * right[16 pairs][16 columns]
 //
 // Left rows are 32 numbers side by side; the right one holds pairs of its rows side by side, as AVX-512's products do.
-// A place is 16 rows here: so many images at the same place of their maps, which share its kernels. What would have to
-// be multiplied with the zeros around a map is left out, a third of all products on a map of 4x4.
 
 #pragma once
 
@@ -35,12 +33,14 @@ ALWAYS void take_tiles(MatrixConfig *before) {
     MatrixConfig config = {.palette = 1};
     for (int i = 0; i < 8; i++) config.bytes[i] = MATRIX_STRIDE, config.rows[i] = MATRIX_ROWS;
     _tile_storeconfig(before);
+    // GCC 12 takes the instructions to read and write a pointer's worth of these.
+    __asm__ volatile("" : : "r"(&config), "r"(before) : "memory");
     _tile_loadconfig(&config);
 }
 
 ALWAYS void give_tiles_back(const MatrixConfig *before) { _tile_loadconfig(before); }
 
-// The compiler does not know that tiles are loaded from memory.
+// To be said between writing memory and loading tiles from it, which the compiler does not know to read it.
 #define WRITTEN __asm__ volatile("" ::: "memory")
 
 static inline int64_t blocks_of(int64_t channels) { return (channels + MATRIX_DEPTH - 1) / MATRIX_DEPTH; }

@@ -3,7 +3,8 @@
 //   y = f(z),  z = gain * xhat + offset,  xhat = (x - mean) / spread
 //
 // Maps are (images, places, C) bfloat16; statistics and parameters (C,) float32. The averages of y over each image's
-// places, which the next block's weights are made of, are taken on the way, and so is the gradient that comes of them.
+// places, which the next block's weights are made of, are taken on the way, before rounding, and so is the gradient
+// that comes of them.
 
 #include "activation.h"
 
@@ -149,6 +150,7 @@ int dynaconv_normalize_gradients(const bf16 *x, const bf16 *dy, const float *eve
                                  int64_t channels, const float *mean, const float *inverse, const float *gain,
                                  const float *offset, int activation, bf16 *dx, float *sums, int threads) {
     Sums in = {x, dy, images, places, channels, mean, inverse, gain, offset, every};
+    if (!every) in.images = 1, in.places = images * places;  // nothing tells them apart
     if (sum_places(&in, activation, sums, threads)) return 1;
     float share = 1.0f / (float)(images * places);
 #pragma omp parallel for num_threads(threads) schedule(static)
