@@ -67,12 +67,7 @@ typedef struct {
 static void add_products(const Packed *p, const Shape *s, int64_t start, int64_t stop, int64_t down, int64_t side,
                          int64_t o, int64_t c, float *sums, int fresh) {
     if (fresh) {
-        _tile_zero(0);
-        _tile_zero(1);
-        _tile_zero(2);
-        _tile_zero(3);
-        _tile_zero(4);
-        _tile_zero(5);
+        zero_six();
     } else {
         _tile_loadd(0, sums, MATRIX_STRIDE);
         _tile_loadd(1, sums + MATRIX_PAIRS, MATRIX_STRIDE);
@@ -104,12 +99,7 @@ static void add_products(const Packed *p, const Shape *s, int64_t start, int64_t
 #undef MULTIPLY
             }
         }
-    _tile_stored(0, sums, MATRIX_STRIDE);
-    _tile_stored(1, sums + MATRIX_PAIRS, MATRIX_STRIDE);
-    _tile_stored(2, sums + 2 * MATRIX_PAIRS, MATRIX_STRIDE);
-    _tile_stored(3, sums + 3 * MATRIX_PAIRS, MATRIX_STRIDE);
-    _tile_stored(4, sums + 4 * MATRIX_PAIRS, MATRIX_STRIDE);
-    _tile_stored(5, sums + 5 * MATRIX_PAIRS, MATRIX_STRIDE);
+    store_six(sums);
 }
 
 // The gradient towards the kernel, (O, C, side, side) float32, of `dynaconv_direct` with x, from that of its result:

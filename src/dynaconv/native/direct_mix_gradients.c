@@ -60,12 +60,7 @@ static void pack_places_beside(const Maps *maps, int64_t image, int64_t chunks, 
 // is what the next tap takes: it comes from the nearest cache by then.
 static void multiply_column(const uint32_t *left, const uint32_t *right, int64_t chunks, int64_t lines, int64_t step,
                             float *to) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
-    _tile_zero(4);
-    _tile_zero(5);
+    zero_six();
     for (int64_t chunk = 0; chunk < chunks; chunk++) {
         const uint32_t *from = right + chunk * MATRIX_PAIRS;
         _tile_loadd(6, left + chunk * MATRIX_PAIRS, MATRIX_STRIDE);
@@ -80,12 +75,7 @@ static void multiply_column(const uint32_t *left, const uint32_t *right, int64_t
         MULTIPLY(5)
 #undef MULTIPLY
     }
-    _tile_stored(0, to, MATRIX_STRIDE);
-    _tile_stored(1, to + MATRIX_PAIRS, MATRIX_STRIDE);
-    _tile_stored(2, to + 2 * MATRIX_PAIRS, MATRIX_STRIDE);
-    _tile_stored(3, to + 3 * MATRIX_PAIRS, MATRIX_STRIDE);
-    _tile_stored(4, to + 4 * MATRIX_PAIRS, MATRIX_STRIDE);
-    _tile_stored(5, to + 5 * MATRIX_PAIRS, MATRIX_STRIDE);
+    store_six(to);
     WRITTEN;
 }
 
