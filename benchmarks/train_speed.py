@@ -31,8 +31,8 @@ from dynaconv.training.start import build_model, load_training_data
 ROUNDS = 5
 PEAK_SECONDS = 3.0
 """For each shape of the peak: in a fifth of a second a machine that others share may show half of what it can do."""
-IMAGES = 6000
-"""Trained on per size and round, behind those that warm up."""
+IMAGES, OPERATIONS = 6000, 6e12
+"""Images trained on per size and round, behind those that warm up; fewer where they would take more operations."""
 WARMING = 1500
 """Images that warm up, or two batches of them: a process's first steps take longer than the rest."""
 PEAK_SHAPES = ((64, 32), (128, 16), (256, 8), (256, 16))
@@ -108,7 +108,8 @@ def seconds_per_image(recipe: Recipe, plain: bool) -> dict[str, float]:
             batches = iter(Batches(data.train, recipe.train.batch_size, recipe.augment, 0, [size]))
             warming = max(2 if passes is model else 6, WARMING // recipe.train.batch_size)
             training_epoch(passes, islice(batches, warming), criterion, optimizer, device)
-            count = max(1, IMAGES // recipe.train.batch_size)
+            images = min(IMAGES, OPERATIONS / flops_per_image(recipe, size))
+            count = max(2, round(images / recipe.train.batch_size))
             started = time.perf_counter()
             training_epoch(passes, islice(batches, count), criterion, optimizer, device)
             seconds[str(size)] = (time.perf_counter() - started) / (count * recipe.train.batch_size)

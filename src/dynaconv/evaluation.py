@@ -42,6 +42,7 @@ from dynaconv.judging.trained import (
     runs_in,
     with_source,
 )
+from dynaconv.model.judged import as_judged
 from dynaconv.model.network import Network
 from dynaconv.recipe import Recipe
 from dynaconv.reporting.figures import draw_mixture, draw_pictures, save_figure, to_png
@@ -291,8 +292,10 @@ def _load(trained: Trained, split: str, device: torch.device) -> ImageSet:
 
 
 def _predictor(trained: Trained, device: torch.device) -> Callable[[torch.Tensor], torch.Tensor]:
+    forward = as_judged(trained.network)
+
     def predict(batch: torch.Tensor) -> torch.Tensor:
-        return trained.network(normalize(to_tensor(batch.to(device)), trained.recipe.augment)).float().cpu()
+        return forward(normalize(to_tensor(batch.to(device)), trained.recipe.augment)).float().cpu()
 
     return predict
 

@@ -332,6 +332,7 @@ def test_other_processors_are_left_to_torch(monkeypatch, capabilities, reason):
         assert not compiled.computes(torch.zeros(1, 16, 4, 4, dtype=torch.bfloat16))
     finally:
         native._outcome.cache_clear()
+        native._was_built.cache_clear()
 
 
 NATIVE = f"native-{os.geteuid()}"

@@ -9,6 +9,7 @@ from torch.nn import functional
 
 from dynaconv.data.batches import Batches
 from dynaconv.data.images import ImageSet
+from dynaconv.model.judged import as_judged
 from dynaconv.recipe import Recipe
 
 
@@ -52,9 +53,10 @@ def evaluate(model: nn.Module, images: ImageSet, recipe: Recipe, views: str = "o
     """
     model.eval()
     batches = Batches(images, recipe.evaluate.evaluation_batch_size, recipe.augment)
+    forward = as_judged(model)
 
     def average(batch: torch.Tensor) -> torch.Tensor:
-        return torch.stack([weight * model(view).float() for view, weight in look(batch, views)]).sum(0)
+        return torch.stack([weight * forward(view).float() for view, weight in look(batch, views)]).sum(0)
 
     logits = torch.cat([average(batch).cpu() for batch, _ in batches])
     return Evaluation(logits, images.labels.cpu())

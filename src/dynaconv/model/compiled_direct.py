@@ -57,7 +57,7 @@ def convolve(
     for k, kernel in enumerate(kernels):
         last = k == len(kernels) - 1 or not kept
         target = into if last else Pooled(empty_maps(images, outputs, height, width), None)
-        packed, scales = _packed(kernel, turned), weights[:, k].float().contiguous()
+        packed, scales = pack_kernel(kernel, turned), weights[:, k].float().contiguous()
         products = None if probe is None else torch.empty(images, -(-height // 2), **FLOATS)
         failed = loaded().dynaconv_direct(
             *(address(each) for each in (*maps, packed)),
@@ -150,8 +150,8 @@ def _packed_together(kernels: Sequence[torch.Tensor], turned: bool) -> torch.Ten
     return packed
 
 
-def _packed(kernel: torch.Tensor, turned: bool) -> torch.Tensor:
-    """Returns a kernel as the tiles take it: pairs of bfloat16."""
+def pack_kernel(kernel: torch.Tensor, turned: bool) -> torch.Tensor:
+    """Returns an (O, C, R, R) kernel as the tiles take it, in pairs of bfloat16; `turned`, that of the way back."""
     outputs, channels, side = kernel.shape[:3]
     rows, columns = (outputs, channels) if turned else (channels, outputs)
     plain = kernel.detach().float().contiguous()

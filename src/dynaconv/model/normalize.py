@@ -57,7 +57,7 @@ def normalize_and_activate(
         mean, variance = _moments(maps, places)
         _follow(norm, mean, variance * places / (places - 1))
     else:
-        mean, variance = _running(norm)
+        mean, variance = running_statistics(norm)
     inverse = torch.rsqrt(variance + norm.eps)
     code = CODES[activation]
     return _Normalize.apply(maps, norm.weight, norm.bias, mean, inverse, code)  # pyright: ignore[reportReturnType]
@@ -131,7 +131,7 @@ def _moments(maps: torch.Tensor, places: int) -> tuple[torch.Tensor, torch.Tenso
 
 @torch.no_grad()
 def _follow(norm: nn.BatchNorm2d, mean: torch.Tensor, variance: torch.Tensor) -> None:
-    running_mean, running_variance = _running(norm)
+    running_mean, running_variance = running_statistics(norm)
     share = norm.momentum if norm.momentum is not None else 1 / (int(norm.num_batches_tracked or 0) + 1)
     running_mean.lerp_(mean, share)
     running_variance.lerp_(variance, share)
@@ -139,7 +139,8 @@ def _follow(norm: nn.BatchNorm2d, mean: torch.Tensor, variance: torch.Tensor) ->
         norm.num_batches_tracked.add_(1)
 
 
-def _running(norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
+def running_statistics(norm: nn.BatchNorm2d) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the mean and the variance that a batch norm uses in evaluation mode; raises ValueError without any."""
     if norm.running_mean is None or norm.running_var is None:
         raise ValueError("a batch norm without running statistics is not compiled")
     return norm.running_mean, norm.running_var

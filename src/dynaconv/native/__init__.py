@@ -23,11 +23,14 @@ import torch
 from dynaconv.folders import cache_folder
 
 SOURCES = (
-    *("direct.c", "direct_gradients.c", "direct_mix.c", "direct_mix_gradients.c"),
+    *("direct.c", "direct_gradients.c", "direct_mix.c", "direct_mix_gradients.c", "precise.c"),
     *("tile2.c", "tile4.c", "products.c"),
     *("maps.c", "normalize.c", "stem.c", "transforms.c"),
 )
-HEADERS = ("matrix.h", "finish.h", "winograd.h", "mix.h", "gradients.h", "products.h", "maps.h", "activation.h")
+HEADERS = (
+    *("matrix.h", "windows.h", "finish.h", "maps.h", "activation.h"),
+    *("winograd.h", "mix.h", "gradients.h", "products.h"),
+)
 TILES = (2, 4)
 """Sides of the tiles of outputs that the convolution is compiled for."""
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
@@ -155,6 +158,9 @@ def _load(path: Path) -> ctypes.CDLL:
         loaded.dynaconv_pack_kernel.restype = None
         loaded.dynaconv_direct.argtypes = [
             *[pointer] * 3, number, *[pointer] * 2, number, *[pointer] * 4, shape, threads,
+        ]  # fmt: skip
+        loaded.dynaconv_precise.argtypes = [
+            *[pointer] * 3, number, *[pointer] * 2, number, threads, *[pointer] * 2, threads, pointer, shape, threads,
         ]  # fmt: skip
         loaded.dynaconv_pack_kernels.argtypes = [pointer, pointer, shape, ctypes.c_int, pointer, threads]
         loaded.dynaconv_pack_kernels.restype = None

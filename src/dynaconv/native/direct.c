@@ -5,12 +5,9 @@
 //
 // Letters: N images, H W map, C channels in, O channels out.
 
-#include "matrix.h"
+#include "windows.h"
 
 #ifdef MATRIX_TILES
-
-static const int64_t MOST_ROWS = (int64_t)640 << 10;    // bytes of packed rows that a thread works on at once
-static const int64_t MOST_KERNEL = (int64_t)768 << 10;  // bytes of the kernel that it takes for all of them
 
 // One kernel, (O, C, side, side) float32, to (O / 16, C / 32, side * side) tiles of 16 pairs of channels and 16
 // outputs. `turned`, for the backward pass, C and O are exchanged and the kernel is turned by half a turn.
@@ -40,27 +37,22 @@ void dynaconv_pack_kernel(const float *kernel, int64_t side, const Shape *s, int
 }
 
 // One row of the maps of 16 images, or fewer, to (W, C / 32) left tiles.
-static void pack_row(const Maps *maps, int64_t first, int64_t images, int64_t y, bf16 *to) {
+static void pack_row(const Ring *ring, int64_t y, bf16 *to) {
+    const Maps *maps = ring->maps;
     for (int64_t x = 0; x < maps->width; x++)
         for (int64_t c = 0; c < maps->channels; c += MATRIX_DEPTH, to += 2 * MATRIX_PAIRS)
-            for (int64_t i = 0; i < images; i++)
-                _mm512_store_si512(to + i * MATRIX_DEPTH, read_numbers(maps, first + i, y, x, c));
+            for (int64_t i = 0; i < ring->images; i++)
+                _mm512_store_si512(to + i * MATRIX_DEPTH, read_numbers(maps, ring->first + i, y, x, c));
 }
 
-// Left tiles at four places, a window of 2x2, for each tap of the kernel; none where the map ends.
-typedef struct {
-    const bf16 *at[9][4];
-    int64_t taps, blocks;
-} Window;
-
 // The sums of one window for 16 outputs: (4, 16 images, 16 outputs).
-static void multiply_window(const Window *w, const uint32_t *kernel, float *sums) {
+static void multiply_window(const Window *w, int64_t blocks, const uint32_t *kernel, float *sums) {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
     WRITTEN;
-    for (int64_t block = 0; block < w->blocks; block++)
+    for (int64_t block = 0; block < blocks; block++)
         for (int64_t tap = 0; tap < w->taps; tap++, kernel += MATRIX_PAIRS) {
             const bf16 *const *at = w->at[tap];
             int64_t there = block * 2 * MATRIX_PAIRS;
@@ -81,33 +73,6 @@ static void multiply_window(const Window *w, const uint32_t *kernel, float *sums
     _tile_stored(2, sums + 2 * MATRIX_PAIRS, MATRIX_STRIDE);
     _tile_stored(3, sums + 3 * MATRIX_PAIRS, MATRIX_STRIDE);
     WRITTEN;
-}
-
-// Packed rows of the maps of 16 images: row y lies at y modulo `held`.
-typedef struct {
-    const Maps *maps;
-    int64_t first, images, held, step;
-    int64_t packed;  // rows that have been, from the top
-    bf16 *rows;
-} Ring;
-
-static void pack_until(Ring *ring, int64_t last) {
-    for (; ring->packed < least(last, ring->maps->height); ring->packed++)
-        pack_row(ring->maps, ring->first, ring->images, ring->packed,
-                 ring->rows + ring->packed % ring->held * ring->step);
-}
-
-static void find_window(const Ring *ring, int64_t y, int64_t x, int64_t side, Window *w) {
-    int64_t height = ring->maps->height, width = ring->maps->width, margin = side / 2;
-    w->blocks = blocks_of(ring->maps->channels), w->taps = side * side;
-    for (int64_t tap = 0; tap < w->taps; tap++)
-        for (int64_t i = 0; i < 4; i++) {
-            int64_t down = y + i / 2, right = x + i % 2, row = down + tap / side - margin;
-            int64_t column = right + tap % side - margin;
-            int inside = down < height && right < width && row >= 0 && row < height && column >= 0 && column < width;
-            const bf16 *from = ring->rows + row % ring->held * ring->step;
-            w->at[tap][i] = inside ? from + column * w->blocks * 2 * MATRIX_PAIRS : NULL;
-        }
 }
 
 enum { SHORTCUT = 2 };  // the residual is the inputs
@@ -149,7 +114,7 @@ ALWAYS void finish_images(const float *sums, const Ring *ring, const Window *w, 
 int dynaconv_direct(const bf16 *x, const uint8_t *x_places, const uint32_t *kernel, int64_t side, const float *scales,
                     const bf16 *residual, int64_t residual_channels, const bf16 *probe, float *to_scales, bf16 *y,
                     uint8_t *y_places, const Shape *s, int threads) {
-    int64_t blocks = blocks_of(s->channels), step = s->width * blocks * 2 * MATRIX_PAIRS;
+    int64_t blocks = blocks_of(s->channels), place = blocks * 2 * MATRIX_PAIRS, step = s->width * place;
     int64_t of_kernel = blocks * side * side * MATRIX_PAIRS, groups = (s->images + MATRIX_ROWS - 1) / MATRIX_ROWS;
     int64_t strip = most(2, least(up(s->height, 2), (MOST_ROWS / (step * 2) - 2) / 2 * 2));
     int64_t chunk = most(1, MOST_KERNEL / (of_kernel * 8)) * 2 * LANES;
@@ -174,7 +139,7 @@ int dynaconv_direct(const bf16 *x, const uint8_t *x_places, const uint32_t *kern
             if (!rows || !sums) continue;
             int64_t first = task / cuts * MATRIX_ROWS, top = task % cuts * rows_each;
             int64_t images = least(MATRIX_ROWS, s->images - first);
-            Ring ring = {&inputs, first, images, strip + 2, step, most(0, top - 1), rows};
+            Ring ring = {&inputs, pack_row, s->height, s->width, place, first, images, strip + 2, most(0, top - 1), rows};
             for (int64_t start = top; start < least(s->height, top + rows_each); start += strip) {
                 int64_t stop = least(s->height, least(top + rows_each, start + strip));
                 pack_until(&ring, stop + 1);
@@ -185,9 +150,9 @@ int dynaconv_direct(const bf16 *x, const uint8_t *x_places, const uint32_t *kern
                             Window window;
                             find_window(&ring, down, right, side, &window);
                             for (int64_t o = from; o < least(s->outputs, from + chunk); o += 2 * LANES) {
-                                multiply_window(&window, kernel + o / LANES * of_kernel, sums);
+                                multiply_window(&window, blocks, kernel + o / LANES * of_kernel, sums);
                                 if (o + LANES < s->outputs)
-                                    multiply_window(&window, kernel + (o / LANES + 1) * of_kernel,
+                                    multiply_window(&window, blocks, kernel + (o / LANES + 1) * of_kernel,
                                                     sums + 4 * MATRIX_PAIRS);
                                 else
                                     memset(sums + 4 * MATRIX_PAIRS, 0, 4 * MATRIX_PAIRS * 4);

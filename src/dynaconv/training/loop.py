@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from dynaconv.errors import WorkError
+from dynaconv.model.judged import as_judged
 
 Batch = tuple[torch.Tensor, torch.Tensor]
 """(images, labels): (B, C, H, W) float and (B,) int64."""
@@ -212,11 +213,11 @@ def validation_epoch(
 
     Arguments as in `training_epoch`. Changes nothing but the mode: the model is left in evaluation mode.
     """
-    model.eval()
+    forward = as_judged(model.eval())
     sums = Sums(device)
     for images, labels in batches:
         labels = labels.to(device, non_blocking=True)
-        logits = model(images.to(device, non_blocking=True))
+        logits = forward(images.to(device, non_blocking=True))
         sums.add(criterion(logits, labels), logits, labels)
     return sums.average()
 
