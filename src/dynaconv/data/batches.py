@@ -71,7 +71,7 @@ class Batches:
             batch = to_tensor(self.images.images[indices])
             if draws is not None:
                 batch = augment(batch, self.settings, draws.at(indices))
-            yield _scale(normalize(batch, self.settings), side), self.images.labels[indices]
+            yield normalize(_scale(batch, side), self.settings), self.images.labels[indices]
 
     def _sizes(self) -> list[int]:
         full, rest = divmod(len(self.images), self.batch_size)

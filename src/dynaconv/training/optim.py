@@ -145,8 +145,7 @@ def orthogonalize(matrices: torch.Tensor, iterations: int = 3) -> torch.Tensor:
 
     Three iterations leave the values between about 0.3 and 1.2, which serves an optimiser as well as one. Each takes X
     to (a + b X X' + c (X X')^2) X, so that all of them together are a polynomial of the first X X', a small square
-    matrix: only there is iterated, in the precision of the matrices, and the two large products, which run in the lower
-    precision under autocast, are computed once.
+    matrix, and there are but two large products. All run in the lower precision under autocast.
     """
     device = matrices.device.type
     precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else matrices.dtype
@@ -155,14 +154,14 @@ def orthogonalize(matrices: torch.Tensor, iterations: int = 3) -> torch.Tensor:
     start = start.mT if tall else start
     first, third, fifth = QUINTIC
     with torch.autocast(device, enabled=False):
-        gram = (start @ start.mT).to(matrices.dtype)
+        gram = start @ start.mT
         polynomial = None
         for left in reversed(range(iterations)):
             factor = torch.baddbmm(gram, gram, gram, beta=third, alpha=fifth)
             factor.diagonal(dim1=1, dim2=2).add_(first)
             polynomial = factor if polynomial is None else factor @ polynomial
             gram = factor @ gram @ factor if left else gram
-        result = start if polynomial is None else polynomial.to(precision) @ start
+        result = start if polynomial is None else polynomial @ start
     return (result.mT if tall else result).to(matrices.dtype)
 
 
