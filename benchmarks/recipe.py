@@ -77,6 +77,7 @@ def summarise(name: str, seeds: list[int]) -> None:
         recipe=json.loads((run_of(name, seeds[0]) / "recipe.json").read_text()),
         data_sha256=sorted({result["data_sha256"] for result in results}),
         run_commits=[environment["commit"] for environment in environments],
+        run_commands=[" ".join(["dynaconv", *environment["command"][1:]]) for environment in environments],
         threads=[environment["threads"] for environment in environments],
         precision=[environment["precision"] for environment in environments],
         test_looks=[result["test_looks"] for result in results],

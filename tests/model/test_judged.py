@@ -17,6 +17,8 @@ SETTINGS = [
     ModelSettings(widths=(64,), num_convolutions=(1,), pool_after=(), stem_side=2),
     ModelSettings(widths=(32, 48, 70), num_convolutions=(4, 1, 2), kernel_sizes=(3, 1), pool_after=(1, 3)),
     ModelSettings(widths=(16, 130), num_convolutions=(2, 3), pool_after=(2,), activation="silu", stem_side=2),
+    # So many channels that the outputs go in two parts.
+    ModelSettings(widths=(128, 200), num_convolutions=(1, 2), kernel_sizes=(3, 1), pool_after=(2,), stem_side=2),
     ModelSettings(widths=(24, 20), num_convolutions=(2,), kernel_sizes=(1,), pool_after=(1,)),
     ModelSettings(widths=(16, 32), num_convolutions=(2,), kernel_sizes=(3, 5), pool_after=(1,)),  # 5x5 is torch's
     ModelSettings(widths=(16, 32), num_convolutions=(2,), activation="gelu", pool_after=(1,)),  # so is this
@@ -67,9 +69,13 @@ def test_a_block_is_as_near_as_the_documentation_says():
 
 
 @needs_tiles
+@pytest.mark.parametrize("weighed", [True, False])
 @torch.no_grad()
-def test_what_is_no_number_stays_visible():
-    network = make_network(SETTINGS[1], 16)
+def test_what_is_no_number_stays_visible(weighed):
+    network = make_network(SETTINGS[2], 16)
+    if not weighed:  # else the weights, made of an average, carry it everywhere
+        for block in network.backbone.blocks:
+            block.weigh.register_forward_hook(lambda layer, inputs, output: torch.full_like(output, 0.7))
     inputs = torch.randn(20, 3, 16, 16)
     inputs[7, 1, 3, 3] = torch.nan
     assert as_judged(network)(inputs).isnan().any(1).nonzero().flatten().tolist() == [7]
@@ -78,14 +84,26 @@ def test_what_is_no_number_stays_visible():
 @needs_tiles
 @torch.no_grad()
 def test_hooks_on_the_mixing_weights_are_called_and_heeded():
-    network = make_network(SETTINGS[1], 16)
+    network = make_network(SETTINGS[2], 16)
     inputs = torch.randn(20, 3, 16, 16)
     before = as_judged(network)(inputs)
-    handle = network.backbone.block(0).weigh.register_forward_hook(lambda layer, inputs, output: output * 0)
+    assert None not in as_judged(network).layers
+    block = network.backbone.block(1)
+    handle = block.weigh.register_forward_hook(lambda layer, inputs, output: output[:1] * 0 + 0.5)
     frozen = as_judged(network)(inputs)
-    assert distance(frozen, network(inputs).double()) < 1e-5
     handle.remove()
+    block.weigh.register_forward_hook(lambda layer, inputs, output: output * 0 + 0.5)
+    assert distance(frozen, network(inputs).double()) < 1e-5
     assert distance(frozen, before.double()) > 1e-2
+
+
+@needs_tiles
+@torch.no_grad()
+def test_other_number_formats_are_left_to_the_network():
+    network = make_network(SETTINGS[0], 16)
+    judged, inputs = as_judged(network), torch.randn(4, 3, 16, 16)
+    with torch.autocast("cpu", torch.bfloat16):
+        assert judged(inputs).equal(network(inputs))
 
 
 def test_elsewhere_a_network_is_judged_by_itself(monkeypatch):

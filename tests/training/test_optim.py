@@ -21,6 +21,15 @@ def test_orthogonalize_evens_out_the_singular_values_and_keeps_their_directions(
     torch.testing.assert_close(left @ middle @ right.mT, result)
 
 
+@pytest.mark.parametrize("shape", [(1, 64, 216), (2, 256, 576)])
+def test_orthogonalize_in_bfloat16_is_as_good(shape):
+    matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    exact = orthogonalize(matrices.double())
+    with torch.autocast("cpu", torch.bfloat16):
+        rounded = orthogonalize(matrices)
+    assert (rounded - exact).norm() < 0.03 * exact.norm()
+
+
 def test_orthogonalize_of_nothing_is_nothing():
     assert orthogonalize(torch.zeros(2, 3, 4)).abs().max() == 0
 

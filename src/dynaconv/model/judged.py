@@ -25,6 +25,7 @@ def as_judged(model: nn.Module) -> Forward:
 
     Args:
         model: In evaluation mode; not to be changed as long as the result is used. Its kernels are prepared here, once.
+            Of the hooks inside a block those on what computes its mixing weights are called.
 
     Returns:
         `model` itself where there are no matrix tiles, nothing was compiled yet, or autocast is on.
@@ -47,6 +48,8 @@ class _Judged:
         ]
 
     def __call__(self, images: torch.Tensor) -> torch.Tensor:
+        if images.dtype != torch.float32 or torch.is_autocast_enabled("cpu"):
+            return self.network(images)
         backbone = self.network.backbone
         maps = backbone.run_stem(images)
         for place, layer in enumerate(self.layers):
@@ -59,12 +62,15 @@ class _Judged:
 
 def _layer_of(block: nn.Module, pool: nn.Module, norm: nn.Module, activation: str) -> "_Layer | None":
     """Returns what replaces a block and what follows it; None where that cannot be, or a tile would be half empty."""
-    if not isinstance(block, Block) or not isinstance(norm, nn.BatchNorm2d) or block.form != "auto":
+    if type(block) is not Block or type(norm) is not nn.BatchNorm2d or block.form != "auto":
+        return None
+    pooled = isinstance(pool, nn.MaxPool2d)
+    if (pooled and pool.kernel_size != 2) or norm.running_mean is None:
         return None
     sides = {kernel.shape[-1] for kernel in block.kernels}
     if min(block.kernels[0].shape[:2]) < LANES or not sides <= {1, 3} or activation not in CODES:
         return None
-    return _Layer(block, isinstance(pool, nn.MaxPool2d), norm, activation)
+    return _Layer(block, pooled, norm, activation)
 
 
 class _Layer:
@@ -80,7 +86,8 @@ class _Layer:
 
     def __call__(self, maps: torch.Tensor) -> torch.Tensor:
         """Maps (N, C, H, W) float32, channels innermost, to (N, O, H, W) or (N, O, H / 2, W / 2)."""
-        scales = self.block.mixing_weights(maps).T.contiguous()
+        # A hook may have replaced them.
+        scales = self.block.mixing_weights(maps).float().expand(len(maps), -1).T.contiguous()
         images, channels, height, width = maps.shape
         shape = native.Shape(images, height, width, channels, self.outputs, 0)
         size, result = (height, width), maps

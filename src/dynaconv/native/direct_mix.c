@@ -75,10 +75,7 @@ static void pack_moved(const Maps *maps, int64_t image, bf16 *to) {
 // The sums of up to 64 places for 16 outputs, from packed maps and the image's kernel: (64, 16).
 static void multiply_places(const bf16 *maps, int64_t plane, int64_t width, int64_t blocks, int64_t tiles,
                             const uint32_t *kernel, float *sums) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    zero_four();
     for (int64_t block = 0; block < blocks; block++)
         for (int64_t tap = 0; tap < TAPS; tap++, kernel += MATRIX_PAIRS) {
             const bf16 *from = maps + (3 * block + tap % 3) * plane + tap / 3 * width * MATRIX_DEPTH;
@@ -98,10 +95,7 @@ static void multiply_places(const bf16 *maps, int64_t plane, int64_t width, int6
                 _tile_dpbf16ps(3, 5, 4);
             }
         }
-    _tile_stored(0, sums, MATRIX_STRIDE);
-    _tile_stored(1, sums + MATRIX_PAIRS, MATRIX_STRIDE);
-    _tile_stored(2, sums + 2 * MATRIX_PAIRS, MATRIX_STRIDE);
-    _tile_stored(3, sums + 3 * MATRIX_PAIRS, MATRIX_STRIDE);
+    store_four(sums);
     WRITTEN;
 }
 

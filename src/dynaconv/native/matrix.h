@@ -43,20 +43,26 @@ ALWAYS void give_tiles_back(const MatrixConfig *before) { _tile_loadconfig(befor
 // To be said between writing memory and loading tiles from it, which the compiler does not know to read it.
 #define WRITTEN __asm__ volatile("" ::: "memory")
 
-// The six tiles of sums that a gradient is made up in.
-ALWAYS void zero_six(void) {
+// The tiles of sums: four of a window, six of a gradient.
+ALWAYS void zero_four(void) {
     _tile_zero(0);
     _tile_zero(1);
     _tile_zero(2);
     _tile_zero(3);
+}
+ALWAYS void zero_six(void) {
+    zero_four();
     _tile_zero(4);
     _tile_zero(5);
 }
-ALWAYS void store_six(float *to) {
+ALWAYS void store_four(float *to) {
     _tile_stored(0, to, MATRIX_STRIDE);
     _tile_stored(1, to + MATRIX_PAIRS, MATRIX_STRIDE);
     _tile_stored(2, to + 2 * MATRIX_PAIRS, MATRIX_STRIDE);
     _tile_stored(3, to + 3 * MATRIX_PAIRS, MATRIX_STRIDE);
+}
+ALWAYS void store_six(float *to) {
+    store_four(to);
     _tile_stored(4, to + 4 * MATRIX_PAIRS, MATRIX_STRIDE);
     _tile_stored(5, to + 5 * MATRIX_PAIRS, MATRIX_STRIDE);
 }

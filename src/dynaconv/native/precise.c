@@ -40,10 +40,7 @@ static void pack_row(const Ring *ring, int64_t y, bf16 *to) {
 
 // The sums of one window for 16 outputs: (4, 16 images, 16 outputs).
 static void multiply_window(const Window *w, int64_t blocks, const uint32_t *high, const uint32_t *low, float *sums) {
-    _tile_zero(0);
-    _tile_zero(1);
-    _tile_zero(2);
-    _tile_zero(3);
+    zero_four();
     WRITTEN;
     for (int64_t block = 0; block < blocks; block++)
         for (int64_t tap = 0; tap < w->taps; tap++, high += MATRIX_PAIRS, low += MATRIX_PAIRS) {
@@ -70,10 +67,7 @@ static void multiply_window(const Window *w, int64_t blocks, const uint32_t *hig
             MULTIPLY(3, 7, 5, 0)
 #undef MULTIPLY
         }
-    _tile_stored(0, sums, MATRIX_STRIDE);
-    _tile_stored(1, sums + MATRIX_PAIRS, MATRIX_STRIDE);
-    _tile_stored(2, sums + 2 * MATRIX_PAIRS, MATRIX_STRIDE);
-    _tile_stored(3, sums + 3 * MATRIX_PAIRS, MATRIX_STRIDE);
+    store_four(sums);
     WRITTEN;
 }
 
