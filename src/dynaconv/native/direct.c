@@ -1,7 +1,6 @@
 // Convolutions with 3x3 or 1x1 kernels, zeros around the map, stride one, computed directly on matrix tiles.
 //
-// A left tile's 16 rows are 16 images at the same place of their maps, so that maps of any size are whole tiles. What
-// would have to be multiplied with the zeros around a map is left out, a third of all products on a map of 4x4.
+// What `windows.h` leaves out, products with the zeros around a map, is a third of all on a map of 4x4.
 //
 // Letters: N images, H W map, C channels in, O channels out.
 
