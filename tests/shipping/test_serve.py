@@ -344,6 +344,24 @@ def test_more_than_may_wait_are_refused_and_those_before_answered():
     assert all(answer.done() for answer in answers)
 
 
+def test_who_has_an_answer_is_not_counted_as_waiting():
+    finish = threading.Event()
+
+    def compute(images):
+        finish.wait(5)
+        return np.zeros((len(images), 2))
+
+    told, still = [], []
+    batcher = Batcher(compute, max_batch=8, max_wait=0, on_batch=lambda images, seconds: told.append(images))
+    answer = batcher.submit(np.zeros((3, 3, 8, 8), dtype=np.uint8))
+    assert batcher.waiting == 3
+    answer.add_done_callback(lambda _: still.append((batcher.waiting, list(told))))  # called as it is answered
+    finish.set()
+    answer.result(5)
+    batcher.close()
+    assert still == [(0, [3])]
+
+
 def test_a_failed_batch_is_told_to_its_callers_and_the_next_goes_on():
     calls = []
 

@@ -134,16 +134,21 @@ class Batcher:
         started = time.monotonic()
         # Who gave up meanwhile is left out; from here on nobody can.
         wanted = [each for each in batch if each.answer.set_running_or_notify_cancel()]
+        rows: list[Probabilities] = []
+        failure = None
         try:
             if wanted:
                 found = self._compute(np.concatenate([each.images for each in wanted]))
                 rows = np.split(found, np.cumsum([len(each.images) for each in wanted])[:-1])
-                for each, row in zip(wanted, rows, strict=True):
-                    each.answer.set_result(row)
         except Exception as error:  # whatever it is, each caller must hear of it and the thread must go on
+            failure = error
+        # Counted before anyone hears of it: who has an answer is not waiting any more.
+        with self._lock:
+            self.waiting -= count
+        self._on_batch(count, time.monotonic() - started)
+        if failure is not None:
             for each in wanted:
-                each.answer.set_exception(error)
-        finally:
-            with self._lock:
-                self.waiting -= count
-            self._on_batch(count, time.monotonic() - started)
+                each.answer.set_exception(failure)
+            return
+        for each, row in zip(wanted, rows, strict=True):
+            each.answer.set_result(row)
