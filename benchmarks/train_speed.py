@@ -23,7 +23,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from dynaconv.data.batches import Batches
 from dynaconv.device import computing_in, keep_freed_memory, pick_device, pick_precision, use_threads
 from dynaconv.model.network import build_network
-from dynaconv.recipe import Recipe, sizes_of_epochs, with_settings
+from dynaconv.recipe import EvaluateSettings, Recipe, sizes_of_epochs, with_settings
 from dynaconv.recipes import RECIPES
 from dynaconv.training.loop import training_epoch
 from dynaconv.training.optim import build_optimizer
@@ -45,14 +45,16 @@ PEAK_SHAPES = ((64, 32), (128, 16), (256, 8), (256, 16))
 def main() -> None:
     match sys.argv[1:]:
         case ["--measure", name, contender]:
-            print(json.dumps(seconds_per_image(RECIPES[name](), plain=contender == "plain")))
+            print(json.dumps(seconds_per_image(with_all_sides(name), plain=contender == "plain")))
         case names:
             precision = pick_precision("auto", pick_device("auto"), print)
             peak = peak_of_direct_convolutions(precision)
             told = str(precision).removeprefix("torch.")
             print(f"peak of a direct convolution in {told}: {peak / 1e9:.0f} GFLOP/s", flush=True)
             metrics = {name: compare(name, peak) for name in names or RECIPES}
-            print(write_result("train_speed", {"peak_flops_per_second": {"value": peak}, **metrics}, precision=told))
+            steps = {name: step_of(RECIPES[name]()) for name in metrics}
+            metrics = {"peak_flops_per_second": {"value": peak}, **metrics}
+            print(write_result("train_speed", metrics, precision=told, timed_with_steps_of=steps))
 
 
 def compare(name: str, peak: float) -> dict[str, object]:
@@ -82,9 +84,23 @@ def compare(name: str, peak: float) -> dict[str, object]:
 
 
 def step_of(recipe: Recipe) -> str:
-    """Returns the first recipe by name that trains with the same steps: fewer or more of them are no others."""
-    plain = with_settings(replace(recipe, name=""), epochs=1)
-    return next(name for name in RECIPES if with_settings(replace(RECIPES[name](), name=""), epochs=1) == plain)
+    """Returns the first recipe by name whose steps are made of the same operations.
+
+    How many steps there are, on images of which sizes, and what a label is smoothed to change none of them.
+    """
+
+    def operations(recipe: Recipe) -> Recipe:
+        alike = replace(recipe, name="", evaluate=EvaluateSettings())
+        return with_settings(alike, epochs=1, train_scales=(), label_smoothing=0.0)
+
+    return next(name for name in RECIPES if operations(RECIPES[name]()) == operations(recipe))
+
+
+def with_all_sides(name: str) -> Recipe:
+    """Returns a recipe that trains one epoch on each size of images of those recipes whose steps are its own."""
+    alike = [recipe for each in RECIPES.values() if step_of(recipe := each()) == name]
+    scales = sorted({scale for recipe in alike for scale in recipe.train.train_scales or (1.0,)})
+    return with_settings(RECIPES[name](), train_scales=tuple(scales), epochs=len(scales))
 
 
 @lru_cache
