@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from dynaconv import native
+from dynaconv.model.compiled_maps import innermost
 from dynaconv.model.judged import as_judged
 from dynaconv.model.network import build_network
 from dynaconv.recipe import ModelSettings
@@ -56,6 +57,22 @@ def test_the_logits_are_float32s(settings, images, side):
     assert distance(judged(inputs), exact) < 5e-5
     rounded = copy.deepcopy(network).bfloat16()(inputs.bfloat16())
     assert distance(judged(inputs), exact) < distance(rounded, exact) / 50
+
+
+@needs_tiles
+@pytest.mark.parametrize(("images", "side"), [(40, 16), (20, 13), (1, 32), (3, 4)])
+@torch.no_grad()
+def test_any_number_of_threads_gives_the_same_bits(images, side):
+    judged, inputs = as_judged(make_network(SETTINGS[3], side)), torch.randn(images, 3, side, side)
+    before = torch.get_num_threads()
+    outcomes = []
+    try:
+        for count in (1, 2, 5, 40):
+            torch.set_num_threads(count)
+            outcomes.append(judged.layers[1](judged.layers[0](innermost(judged.network.backbone.run_stem(inputs)))))
+    finally:
+        torch.set_num_threads(before)
+    assert all(each.equal(outcomes[0]) for each in outcomes)
 
 
 @needs_tiles

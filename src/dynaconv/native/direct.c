@@ -111,9 +111,7 @@ int dynaconv_direct(const bf16 *x, const uint8_t *x_places, const uint32_t *kern
     int64_t of_kernel = blocks * side * side * MATRIX_PAIRS, groups = (s->images + MATRIX_ROWS - 1) / MATRIX_ROWS;
     int64_t strip = most(2, least(up(s->height, 2), (MOST_ROWS / (step * 2) - 2) / 2 * 2));
     int64_t chunk = most(1, MOST_KERNEL / (of_kernel * 8)) * 2 * LANES;
-    // A group of images is cut where there are too few of them to keep all threads busy.
-    int64_t cuts = groups >= 4 * threads ? 1 : least(threads, (s->height + 1) / 2);
-    int64_t rows_each = up((s->height + cuts - 1) / cuts, 2);
+    Cuts cut = cut_groups(groups, s->height, threads);
     Maps inputs = {x, x_places, s->height, s->width, s->channels};
     int shortcut = residual == x && residual_channels == s->channels;
     Maps added = {residual, residual == x ? x_places : NULL, s->height, s->width, residual_channels};
@@ -128,13 +126,13 @@ int dynaconv_direct(const bf16 *x, const uint8_t *x_places, const uint32_t *kern
         failed = !rows || !sums;
         take_tiles(&before);
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t task = 0; task < groups * cuts; task++) {
+        for (int64_t task = 0; task < groups * cut.cuts; task++) {
             if (!rows || !sums) continue;
-            int64_t first = task / cuts * MATRIX_ROWS, top = task % cuts * rows_each;
-            int64_t images = least(MATRIX_ROWS, s->images - first);
+            int64_t first = task / cut.cuts * MATRIX_ROWS, images = least(MATRIX_ROWS, s->images - first);
+            int64_t top = task % cut.cuts * cut.rows, bottom = least(s->height, top + cut.rows);
             Ring ring = {&inputs, pack_row, s->height, s->width, place, first, images, strip + 2, most(0, top - 1), rows};
-            for (int64_t start = top; start < least(s->height, top + rows_each); start += strip) {
-                int64_t stop = least(s->height, least(top + rows_each, start + strip));
+            for (int64_t start = top; start < bottom; start += strip) {
+                int64_t stop = least(bottom, start + strip);
                 pack_until(&ring, stop + 1);
                 for (int64_t from = 0; from < s->outputs; from += chunk)
                     for (int64_t down = start; down < stop; down += 2) {

@@ -135,6 +135,7 @@ int dynaconv_precise(const float *x, const uint32_t *high, const uint32_t *low, 
     int64_t of_kernel = blocks * side * side * MATRIX_PAIRS, groups = (s->images + MATRIX_ROWS - 1) / MATRIX_ROWS;
     int64_t strip = most(2, least(up(s->height, 2), (MOST_ROWS / (step * 2) - 2) / 2 * 2));
     int64_t chunk = most(1, MOST_KERNEL / (of_kernel * 8)) * LANES;
+    Cuts cut = cut_groups(groups, s->height, threads);
     Floats maps = {x, s->channels};
     Rest rest = {scales, residual, residual_channels, pooled, gain, offset, y};
     int failed = 0;
@@ -146,12 +147,13 @@ int dynaconv_precise(const float *x, const uint32_t *high, const uint32_t *low, 
         failed = !rows || !sums;
         take_tiles(&before);
 #pragma omp for schedule(dynamic, 1)
-        for (int64_t group = 0; group < groups; group++) {
+        for (int64_t task = 0; task < groups * cut.cuts; task++) {
             if (!rows || !sums) continue;
-            int64_t first = group * MATRIX_ROWS, images = least(MATRIX_ROWS, s->images - first);
-            Ring ring = {&maps, pack_row, s->height, s->width, place, first, images, strip + 2, 0, rows};
-            for (int64_t start = 0; start < s->height; start += strip) {
-                int64_t stop = least(s->height, start + strip);
+            int64_t first = task / cut.cuts * MATRIX_ROWS, images = least(MATRIX_ROWS, s->images - first);
+            int64_t top = task % cut.cuts * cut.rows, bottom = least(s->height, top + cut.rows);
+            Ring ring = {&maps, pack_row, s->height, s->width, place, first, images, strip + 2, most(0, top - 1), rows};
+            for (int64_t start = top; start < bottom; start += strip) {
+                int64_t stop = least(bottom, start + strip);
                 pack_until(&ring, stop + 1);
                 for (int64_t from = 0; from < s->outputs; from += chunk)
                     for (int64_t down = start; down < stop; down += 2)

@@ -34,6 +34,17 @@ typedef struct {
     int64_t taps;
 } Window;
 
+// How groups of 16 images are cut into tasks: each takes `rows` rows of a group, an even number, or those that are left.
+typedef struct {
+    int64_t cuts, rows;
+} Cuts;
+
+// A group is cut where there are too few of them to keep all threads busy.
+static Cuts cut_groups(int64_t groups, int64_t height, int threads) {
+    int64_t cuts = groups >= 4 * threads ? 1 : least(threads, (height + 1) / 2);
+    return (Cuts){cuts, up((height + cuts - 1) / cuts, 2)};
+}
+
 static void find_window(const Ring *ring, int64_t y, int64_t x, int64_t side, Window *w) {
     int64_t height = ring->height, width = ring->width, margin = side / 2;
     w->taps = side * side;
