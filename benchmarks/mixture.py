@@ -3,7 +3,8 @@
 Commands: python benchmarks/mixture.py
           python benchmarks/mixture.py cuda    (writes results/mixture-cuda.json and docs/figures/mixture-cuda.png)
 Takes: about ten minutes on two cores. Forward and backward at a batch of 128, and a single image forward; in float32,
-and in bfloat16 where the processor has it, the weights being float32 as in training. Draws docs/figures/mixture.png.
+and in bfloat16 where the processor has it, the weights being float32 as in training. Draws a figure of the result's
+name, which is continued by "-avx512" or "-float32" where the processor has no matrix tiles.
 """
 
 import sys
@@ -13,7 +14,7 @@ from pathlib import Path
 
 import torch
 from matplotlib.figure import Figure
-from record import over_repeats, write_result
+from record import on_this_processor, over_repeats, write_result
 
 from dynaconv import native
 from dynaconv.device import computing_in, has_fast_bfloat16, keep_freed_memory, use_threads
@@ -170,7 +171,7 @@ def main() -> None:
         cases += [(*shape, (3, 3, 3, 3), 1, precision) for shape in DRAWN]
         with computing_in(precision, DEVICE):
             metrics |= {name_of(*case): measure(*case) for case in cases}
-    name = "mixture-cuda" if CUDA else "mixture"
+    name = "mixture-cuda" if CUDA else on_this_processor("mixture")
     print(write_result(name, metrics, device=DEVICE))
     draw(metrics, precisions, Path(f"docs/figures/{name}.png"))
 

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from dynaconv import native
 from dynaconv.device import describe_environment
 from dynaconv.files import writing_whole
 
@@ -47,6 +48,13 @@ def measured_commit() -> str:
 
 COMMIT = measured_commit()
 """Taken when a script starts: what is edited while it runs is not what it measures."""
+
+
+def on_this_processor(name: str) -> str:
+    """Continues the name of a result where its figures are those of one kind of processor: none for matrix tiles."""
+    if native.has_matrix_tiles():
+        return name
+    return f"{name}-avx512" if native.library() is not None else f"{name}-float32"
 
 
 def write_result(

@@ -3,7 +3,7 @@
 Command: python benchmarks/train_speed.py [RECIPE ...]    (all if none is named)
 Needs: DYNACONV_DATA. Takes: twenty minutes for all of them on two cores with matrix tiles. Each contender runs in
 processes of its own, in turn, since the allocator's settings cannot be taken back. A step is what training does:
-transforms, forward, backward, update.
+transforms, forward, backward, update. The result's name ends in "-avx512" or "-float32" without matrix tiles.
 """
 
 import json
@@ -17,7 +17,7 @@ from functools import lru_cache
 from itertools import islice
 
 import torch
-from record import over_repeats, write_result
+from record import on_this_processor, over_repeats, write_result
 from torch.utils.flop_counter import FlopCounterMode
 
 from dynaconv.data.batches import Batches
@@ -54,7 +54,8 @@ def main() -> None:
             metrics = {name: compare(name, peak) for name in names or RECIPES}
             steps = {name: step_of(RECIPES[name]()) for name in metrics}
             metrics = {"peak_flops_per_second": {"value": peak}, **metrics}
-            print(write_result("train_speed", metrics, precision=told, timed_with_steps_of=steps))
+            name = on_this_processor("train_speed")
+            print(write_result(name, metrics, precision=told, timed_with_steps_of=steps))
 
 
 def compare(name: str, peak: float) -> dict[str, object]:

@@ -199,9 +199,9 @@ def _note_changes(run: RunDir, data: TrainingData, now: dict[str, Any], say: Cal
             f"The training images of {data.source} are not those that the run in {run.path} began with; "
             "bring them back, or start a new run."
         )
-    names = ("device_name", "cpu_capability", "threads", "precision", "convolutions", "transforms", "packages")
-    before = {"transforms": "torch", **then}  # runs that do not tell had torch's
-    changed = [name for name in names if before.get(name) != now[name]]
+    before = {"transforms": "torch", "judging": "torch", **then}  # runs that do not tell had torch's
+    machine = ("device_name", "cpu_capability", "threads", "precision", "packages")
+    changed = [name for name in (*machine, "convolutions", "transforms", "judging") if before.get(name) != now[name]]
     if changed:
         say(f"Not as at the run's beginning: {', '.join(changed)}. The result may differ in its last digits.")
     run.write_json("environment.json", {**then, "resumed": [*then.get("resumed", []), now]})

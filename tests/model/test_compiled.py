@@ -331,6 +331,30 @@ def test_other_processors_are_left_to_torch(monkeypatch, capabilities, reason):
     assert not compiled.computes(torch.zeros(1, 16, 4, 4, dtype=torch.bfloat16))
 
 
+class OfAnOldCompiler:
+    """A library built by a compiler that knows AVX-512 with bfloat16, but no matrix tiles."""
+
+    def dynaconv_matrix_tiles(self):
+        return -1
+
+
+@pytest.mark.parametrize("tiles", [True, False], ids=["tiles", "no tiles"])
+def test_a_compiler_that_knows_no_tiles_leaves_convolutions_to_torch_where_there_are_some(monkeypatch, tiles):
+    monkeypatch.setattr(native, "_outcome", lambda: (OfAnOldCompiler(), None))
+    monkeypatch.setattr(native, "_capabilities", lambda: {"avx512_bf16": True, "amx_bf16": tiles})
+    for name in ("has_matrix_tiles", "leaves_tiles_unused"):  # what they found here stays for other tests
+        monkeypatch.setattr(native, name, getattr(native, name).__wrapped__)
+    assert not native.has_matrix_tiles()
+    form = choose_form((3, 3), 32, torch.empty(8, 32, 8, 8, dtype=torch.bfloat16))
+    told = native.advice()
+    if tiles:
+        assert form != "compiled"
+        assert "newer" in told
+    else:
+        assert form == "compiled"
+        assert told is None
+
+
 NATIVE = f"native-{os.geteuid()}"
 TELL = "from dynaconv import native; print(native.library() is not None, native.why_not())"
 

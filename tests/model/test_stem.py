@@ -34,6 +34,17 @@ def test_as_stem_and_activation_one_after_the_other(channels, side, stride, memo
 
 
 @needs_library
+def test_kernels_that_are_no_pairs_are_left_to_torch():
+    stem, activate = make_stem(3, 2), ACTIVATIONS["relu"]
+    stem.kernel[-1].mul_(2)
+    images = torch.randn(4, 3, 8, 8, generator=torch.Generator().manual_seed(1))
+    with torch.autocast("cpu", torch.bfloat16):
+        found, averages = whiten_and_activate(stem, images, "relu", activate)
+        assert averages is None
+        assert found.equal(activate(stem(images)))
+
+
+@needs_library
 def test_images_that_want_a_gradient_get_one():
     images = torch.randn(2, 3, 8, 8).requires_grad_()
     with torch.autocast("cpu", torch.bfloat16):

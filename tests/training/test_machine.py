@@ -27,8 +27,18 @@ BICUBIC = with_settings(Recipe(), precision="float32", device="cpu")
 def test_what_is_compiled_is_told(recipe, precision, device, compiled, monkeypatch):
     for library, expected in ((object(), compiled), (None, [])):
         monkeypatch.setattr(native, "library", lambda library=library: library)
+        monkeypatch.setattr(native, "leaves_tiles_unused", lambda: False)
+        monkeypatch.setattr(native, "has_matrix_tiles", lambda: False)
         told = describe_machine(recipe, device, precision)
         assert [name for name in ("convolutions", "transforms") if told[name] == "compiled"] == expected
+
+
+@pytest.mark.parametrize("tiles", [True, False])
+def test_how_a_network_is_judged_is_told(tiles, monkeypatch):
+    monkeypatch.setattr(native, "is_built", lambda: True)
+    monkeypatch.setattr(native, "has_matrix_tiles", lambda: tiles)
+    assert describe_machine(NEAREST, CPU, torch.float32)["judging"] == ("tiles" if tiles else "torch")
+    assert describe_machine(NEAREST, torch.device("meta"), torch.float32)["judging"] == "torch"
 
 
 @pytest.mark.parametrize(("recipe", "told"), [(BICUBIC, ["advice"]), (NEAREST, [])], ids=["cubic", "whole pixels"])

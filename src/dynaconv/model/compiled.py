@@ -37,6 +37,11 @@ def computes(inputs: torch.Tensor) -> bool:
     return precision == torch.bfloat16 and native.library() is not None
 
 
+def pays(inputs: torch.Tensor) -> bool:
+    """Tells whether `mix` can take these inputs here, and is faster than torch's convolutions."""
+    return computes(inputs) and not native.leaves_tiles_unused()
+
+
 def mix(
     inputs: torch.Tensor,
     kernels: Sequence[torch.Tensor],

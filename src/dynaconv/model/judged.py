@@ -32,8 +32,13 @@ def as_judged(model: nn.Module) -> Forward:
     """
     if not isinstance(model, Network) or model.training or torch.is_autocast_enabled("cpu"):
         return model
-    fits = all(each.device.type == "cpu" and each.dtype == torch.float32 for each in model.parameters())
-    return _Judged(model) if fits and native.is_built() and native.has_matrix_tiles() else model
+    fits = all(judges_on_tiles(each.device) and each.dtype == torch.float32 for each in model.parameters())
+    return _Judged(model) if fits else model
+
+
+def judges_on_tiles(device: torch.device) -> bool:
+    """Tells whether `as_judged` replaces anything on a device."""
+    return device.type == "cpu" and native.is_built() and native.has_matrix_tiles()
 
 
 class _Judged:

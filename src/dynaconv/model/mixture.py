@@ -1,4 +1,4 @@
-"""The K-convolution mixture, O_n = sum_k a_nk Conv_k(X_n): one literal form, five faster ones, one chooser.
+"""The K-convolution mixture, O_n = sum_k a_nk Conv_k(X_n): the literal form, five others, and which costs least.
 
 Letters: N images, C channels in, O channels out, H W map, K convolutions, R kernel side.
 Sources: Dynamic Convolution (arXiv:1912.03458), CondConv (arXiv:1904.04971). Differs from both: the weights a are a
@@ -196,10 +196,10 @@ def choose_form(kernel_sizes: Sequence[int], outputs: int, inputs: torch.Tensor)
         # The compiled form continues three channels to 16 or 32: up to 32 outputs that costs less than the patches do.
         narrow = outputs <= 32 and 3 in kernel_sizes and set(kernel_sizes) <= {1, 3}
         narrow = narrow and min(height, width) >= 2 and images > 1
-        return "compiled" if narrow and compiled.computes(inputs) else "patches"
+        return "compiled" if narrow and compiled.pays(inputs) else "patches"
     if images == 1 and len(kernel_sizes) > 1:
         return "grouped"
-    if 3 in kernel_sizes and min(height, width) >= 2 and min(channels, outputs) >= 16 and compiled.computes(inputs):
+    if 3 in kernel_sizes and min(height, width) >= 2 and min(channels, outputs) >= 16 and compiled.pays(inputs):
         return "compiled"
     if inputs.device.type != "cpu":
         # On an H100 a grouped convolution costs 3.5 direct ones with 64 channels, 7 with 128 and 25 with 256; each

@@ -45,6 +45,11 @@ class WhiteningStem(nn.Module):
         kernels = kernels.reshape(-1, *self.kernel.shape[1:])
         self.kernel.copy_(torch.cat([kernels, -kernels]))
 
+    def has_both_signs(self) -> bool:
+        """Tells whether the second half of the kernels is the first with its signs turned, as `fit` leaves them."""
+        first, second = self.kernel.chunk(2)
+        return torch.equal(first, -second)
+
     def pad(self, images: torch.Tensor) -> torch.Tensor:
         """Puts zeros around the images, so that a map of stride one is as large as they are."""
         before = (self.side - self.stride) // 2
@@ -78,7 +83,7 @@ def whiten_and_activate(
         The maps, and their (N, 2 * C * S * S, 1, 1) float32 averages, None where it is not compiled.
     """
     fits = images.dtype == torch.float32 and images.shape[1] == stem.kernel.shape[1] and not images.requires_grad
-    if activation not in CODES or not fits or not computes(images):
+    if activation not in CODES or not fits or not computes(images) or not stem.has_both_signs():
         return activate(stem(images).contiguous(memory_format=torch.channels_last)), None
     padded = stem.pad(images)
     height, width = ((side - stem.side) // stem.stride + 1 for side in padded.shape[2:])

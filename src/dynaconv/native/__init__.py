@@ -1,9 +1,10 @@
 """Convolutions and transforms in C for processors with AVX-512 and bfloat16: built once by the machine's own compiler.
 
 There is nothing to install. Where the processor lacks the instructions, or the machine a compiler, `library` returns
-None and torch's functions are taken instead: the same results but for the last digits of the number format; the
-convolutions, with what lies around them, are two to three times as slow, the transforms eight times. With matrix tiles
-(AMX) the convolutions are others than without (docs/decisions/0014-matrix-tiles.md).
+None and torch's functions are taken instead: the same results but for what bfloat16 rounds (by Winograd's algorithm,
+1.2% of a result's norm instead of 0.2%); the convolutions, with what lies around them, are two to three times as slow,
+the transforms eight times. With matrix tiles (AMX) the convolutions are others than without
+(docs/decisions/0014-matrix-tiles.md).
 """
 
 import ctypes
@@ -17,6 +18,7 @@ import tempfile
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -73,7 +75,14 @@ def library() -> ctypes.CDLL | None:
 def has_matrix_tiles() -> bool:
     """Tells whether the library multiplies on the processor's matrix tiles: if it was built for them and may."""
     found = library()
-    return found is not None and bool(found.dynaconv_matrix_tiles())
+    return found is not None and found.dynaconv_matrix_tiles() == 1
+
+
+@lru_cache(maxsize=1)
+def leaves_tiles_unused() -> bool:
+    """Tells whether the processor has matrix tiles that the compiler did not know: torch's convolutions use them."""
+    found = library()
+    return found is not None and bool(_capabilities().get("amx_bf16")) and found.dynaconv_matrix_tiles() == -1
 
 
 def is_built() -> bool:
@@ -96,6 +105,11 @@ def why_not() -> str | None:
 
 def advice() -> str | None:
     """Tells the user what could be mended, where the library would run here but could not be built; else None."""
+    if leaves_tiles_unused():
+        return (
+            "Training goes through torch's own convolutions, at half the speed of dynaconv's: the C compiler does not "
+            "know the processor's matrix tiles (AMX). Install a newer one, such as gcc 12, or name one in CC."
+        )
     reason = why_not()
     if reason is None or not reason.startswith(_NOT_BUILT):
         return None
@@ -105,10 +119,13 @@ def advice() -> str | None:
     )
 
 
+def _capabilities() -> dict[str, Any]:
+    return getattr(torch.cpu, "get_capabilities", dict)()  # newer than the oldest torch that is taken
+
+
 @lru_cache(maxsize=1)
 def _outcome() -> tuple[ctypes.CDLL | None, str | None]:
-    capabilities = getattr(torch.cpu, "get_capabilities", dict)()  # newer than the oldest torch that is taken
-    if not capabilities.get("avx512_bf16", False):
+    if not _capabilities().get("avx512_bf16", False):
         return None, "the processor has no AVX-512 with bfloat16"
     if os.environ.get("DYNACONV_COMPILED") == "0":
         return None, "DYNACONV_COMPILED=0 is set"

@@ -181,6 +181,7 @@ int dynaconv_matrix_tiles(void) {
 
 #else
 
-int dynaconv_matrix_tiles(void) { return 0; }
+// The compiler does not know them, or was told to build for a processor without.
+int dynaconv_matrix_tiles(void) { return -1; }
 
 #endif

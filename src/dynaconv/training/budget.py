@@ -58,8 +58,9 @@ def plan_epochs(
         return training + judged * (judging * epochs + last * 3 * (1 + views))
 
     available = budget * (1 - RESERVE) - spent
-    # Never more than one epoch's cost away from the answer of the first guess: the sizes alternate.
-    epochs = max(1, math.floor(available / needed(1)))
+    # Images grow over a training, so that a single epoch is not what an average one costs.
+    one_of_each = max(1, len(recipe.train.train_scales))
+    epochs = max(1, math.floor(available / needed(one_of_each) * one_of_each))
     while needed(epochs + 1) <= available:
         epochs += 1
     while epochs > 1 and needed(epochs) > available:

@@ -15,6 +15,7 @@ from dynaconv.device import (
     use_deterministic,
     use_threads,
 )
+from dynaconv.model.judged import judges_on_tiles
 from dynaconv.recipe import Recipe
 
 
@@ -35,9 +36,15 @@ def set_up_machine(recipe: Recipe, say: Callable[[str], None]) -> tuple[torch.de
 
 
 def describe_machine(recipe: Recipe, device: torch.device, precision: torch.dtype) -> dict[str, Any]:
-    """Returns the environment of a run, `describe_environment`, and whose convolutions and transforms it computes."""
+    """Returns the environment of a run: `describe_environment`, and by whose functions it computes.
+
+    "convolutions", in training, and "transforms" are "compiled" or "torch"; "judging" is "tiles" or "torch".
+    """
     could = _could_be_compiled(recipe, device, precision)
+    if native.library() is not None and native.leaves_tiles_unused():
+        could["convolutions"] = False
     whose = {name: "compiled" if can and native.library() is not None else "torch" for name, can in could.items()}
+    whose["judging"] = "tiles" if judges_on_tiles(device) else "torch"
     return {**describe_environment(device, precision), **whose}
 
 

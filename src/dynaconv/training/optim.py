@@ -54,7 +54,8 @@ class Muon(torch.optim.Optimizer):
         """Updates every parameter that has a gradient; takes no closure."""
         kernels, others = ([p for p in group["params"] if p.grad is not None] for group in self.param_groups)
         for kernel in kernels:
-            self.state[kernel].setdefault("momentum", torch.zeros_like(kernel))
+            if not self.state[kernel]:
+                self.state[kernel]["momentum"] = torch.zeros_like(kernel)
         for parameter in others:
             state = self.state[parameter]
             if not state:
