@@ -91,8 +91,8 @@ def test_figures_of_the_default_recipe_are_those_of_its_result():
 @pytest.mark.parametrize(
     ("name", "recipe", "words"),
     [
-        ("fast92-all", "fast92", "`fast92`, the default, with `--validation-fraction 0`"),
-        ("fast92-avx512", "fast92", "`fast92` of before, nine epochs, with `--validation-fraction 0`"),
+        ("fast92-all", "fast92", "`fast92` with `--validation-fraction 0`"),
+        ("fast92-avx512", "fast92", "`fast92`, other image sizes, `--validation-fraction 0`"),
         ("fast94", "fast94", "`fast94` with `--validation-fraction 0`"),
     ],
 )
