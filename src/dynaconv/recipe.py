@@ -83,7 +83,7 @@ class DataSettings:
 class AugmentSettings:
     """The transforms of the training images, drawn anew for every image, and the normalisation of all images.
 
-    Order: RandomAffine, ColorJitter, Cutout, Normalize. Zero strength switches a transform off.
+    Order: RandomAffine, ColorJitter, Cutout, CutMix, Normalize. Zero strength switches a transform off.
     """
 
     degrees: float = 15.0
@@ -114,6 +114,9 @@ class AugmentSettings:
     cutout: float = 0.0
     """Cutout: side of a square that is covered at a random place in each image, as a share of the image's shorter side,
     0 to 1. It gets the value that Normalize makes zero."""
+    cutmix: float = 0.0
+    """CutMix: chance that a rectangle of an image is replaced by that of another image of the batch, 0 to 1; the image
+    then belongs to both classes by their shares of its area. For long trainings, which know their images by heart."""
     normalize_mean: float = 0.5
     """Normalize: subtracted from every channel after scaling to [0, 1]."""
     normalize_std: float = 0.5
@@ -129,7 +132,8 @@ class AugmentSettings:
         for name in ("brightness", "contrast", "saturation"):
             _require_range(name, getattr(self, name), 0, 1)
         _require_range("hue", self.hue, 0, 0.5)
-        _require_range("cutout", self.cutout, 0, 1)
+        for name in ("cutout", "cutmix"):
+            _require_range(name, getattr(self, name), 0, 1)
         _require_range("normalize_mean", self.normalize_mean, -1, 2)
         _require_range("normalize_std", self.normalize_std, 1e-3, 10)
 

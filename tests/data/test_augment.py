@@ -11,6 +11,7 @@ from dynaconv.data.augment import (
     Draws,
     affine,
     augment,
+    cut_mix,
     cut_out,
     draw,
     normalize,
@@ -94,7 +95,7 @@ def test_same_generator_state_gives_the_same_draws():
 
 def shifting(right, down=0.0):
     """Draws for one image that only shift it, by shares of its sides."""
-    nothing = dict.fromkeys(("angle", "hue", "cut_x", "cut_y"), torch.zeros(1))
+    nothing = dict.fromkeys(("angle", "hue", "cut_x", "cut_y", "mix_share", "mix_x", "mix_y"), torch.zeros(1))
     factors = dict.fromkeys(("scale", "brightness", "contrast", "saturation", "mirror"), torch.ones(1))
     return Draws(shift_x=torch.tensor([right]), shift_y=torch.tensor([down]), **nothing, **factors)
 
@@ -215,7 +216,40 @@ def test_cutout_reaches_both_edges_and_leaves_none(place, first):
     assert covered.nonzero().tolist() == [[row, column] for row in (first, first + 1) for column in (first, first + 1)]
 
 
-def test_cutout_changes_no_other_draw():
-    without, with_it = draws_of(OFF), draws_of(dataclasses.replace(OFF, cutout=0.5))
-    assert torch.equal(without.mirror, with_it.mirror)
-    assert torch.equal(without.cut_x, with_it.cut_x)
+def test_cutmix_shares_each_image_with_the_one_before_it():
+    settings = dataclasses.replace(OFF, cutmix=0.75)
+    images = torch.arange(COUNT).float().view(COUNT, 1, 1, 1).expand(COUNT, 3, 10, 14).contiguous()
+    before = images.clone()
+    draws = draws_of(settings)
+    mixed, labels = cut_mix(images, torch.arange(COUNT), draws, COUNT)
+    assert torch.equal(images, before)
+    taken = mixed == before.roll(1, 0)
+    assert (taken | (mixed == before)).all()
+    torch.testing.assert_close(labels.diagonal(), 1 - taken[:, 0].float().mean((1, 2)))
+    torch.testing.assert_close(labels.roll(-1, 0).diagonal(), taken.float().mean((1, 2, 3)).roll(-1))
+    torch.testing.assert_close(labels.sum(1), torch.ones(COUNT))
+    assert 0 < int((draws.mix_share == 0).sum()) < COUNT
+    assert (labels.diagonal()[draws.mix_share == 0] == 1).all()
+    # A rectangle: as many pixels as its rows times its columns.
+    sides = [taken[:, 0].any(axis).sum(1) for axis in (2, 1)]
+    assert torch.equal(sides[0] * sides[1], taken[:, 0].sum((1, 2)))
+    # As large as was drawn, but for whole pixels.
+    torch.testing.assert_close(1 - labels.diagonal(), draws.mix_share, rtol=0, atol=0.1)
+
+
+@pytest.mark.parametrize(("place", "corner"), [(0.0, 0), (0.9999, 4)])
+def test_cutmix_reaches_both_edges(place, corner):
+    at = torch.full((2,), place)
+    draws = dataclasses.replace(draws_of().at(torch.arange(2)), mix_share=torch.full((2,), 0.25), mix_x=at, mix_y=at)
+    mixed, labels = cut_mix(torch.arange(2.0).view(2, 1, 1, 1).expand(2, 1, 8, 8), torch.tensor([0, 1]), draws, 2)
+    assert mixed[0, 0].nonzero().tolist() == [[row, column] for row in range(corner, corner + 4)
+                                              for column in range(corner, corner + 4)]  # fmt: skip
+    assert labels.tolist() == [[0.75, 0.25], [0.25, 0.75]]
+
+
+@pytest.mark.parametrize("name", ["cutout", "cutmix"])
+def test_what_covers_and_mixes_changes_no_other_draw(name):
+    without, with_it = draws_of(OFF), draws_of(dataclasses.replace(OFF, **{name: 0.5}))
+    for field in ("mirror", "cut_x", "cut_y", "mix_x", "mix_y"):
+        assert torch.equal(getattr(without, field), getattr(with_it, field))
+    assert not without.mix_share.any()

@@ -100,3 +100,14 @@ def test_sizes_scale_each_epoch_and_keep_the_mean():
         means.append(pixels.mean().item())
     assert shapes == [(6, 3, 4, 4), (6, 3, 8, 8), (6, 3, 16, 16)]
     assert means == pytest.approx([means[1]] * 3, abs=0.1)
+
+
+def test_mixed_images_have_shares_for_labels_in_training_alone():
+    settings = AugmentSettings(cutmix=0.5)
+    batches = Batches(make_images(20), 7, settings, seed=3)
+    labels = torch.cat([labels for _, labels in batches])
+    assert labels.shape == (20, 20)
+    assert labels.dtype == torch.float32
+    torch.testing.assert_close(labels.sum(1), torch.ones(20))
+    assert 0 < int((labels.amax(1) < 1).sum()) < 20
+    assert [labels.ndim for _, labels in Batches(make_images(20), 7, settings)] == [1, 1, 1]

@@ -43,6 +43,14 @@ def test_nothing_is_said_where_nothing_decides():
     assert diagnose(facts(lines(**FINISHED), training_accuracy=0.99, loader_share=0.1, disputed_share=0.005)) is None
 
 
+def test_what_mixed_images_leave_unlearned_says_nothing():
+    rising = lines(**{**FINISHED, "training_accuracy": 0.5, "validation_accuracy": [0.5, 0.8, 0.88, 0.95]})
+    assert limit(rising) == "undertrained"
+    assert limit(rising, {"cutmix": 0.5}) is None
+    assert limit(rising, {"cutmix": 0.5}, training_accuracy=0.9) == "undertrained"
+    assert limit(rising, {"cutmix": 0.5}, loader_share=0.9) == "loader"
+
+
 def coursework_lines():
     """Means of the quarters of the measured coursework recipe, seed 0."""
     return lines(

@@ -73,6 +73,19 @@ def test_averages_are_per_image_even_when_the_last_batch_is_short():
     )
 
 
+def test_labels_may_be_shares_of_which_the_largest_counts():
+    model, (images, labels) = make_model(), make_images(10)
+    each = nn.functional.one_hot(labels, 3).double()
+    frozen = torch.optim.SGD(model.parameters(), lr=0.0)
+    epochs = [
+        training_epoch(model, cut(images, told, 4), nn.CrossEntropyLoss(label_smoothing=0.1), frozen, CPU)
+        for told in (labels, each, 0.7 * each + 0.3 * each.roll(1, 1))
+    ]
+    assert epochs[1].loss == pytest.approx(epochs[0].loss, rel=1e-12)
+    assert epochs[2].loss != pytest.approx(epochs[0].loss, rel=1e-3)
+    assert epochs[0].accuracy == epochs[1].accuracy == epochs[2].accuracy
+
+
 def test_validation_epoch_makes_no_gradients_and_changes_no_state():
     model = nn.Sequential(nn.BatchNorm2d(3), make_model()).double()
     images, labels = make_images(8)

@@ -1,4 +1,4 @@
-"""ToTensor, RandomAffine, ColorJitter, Cutout and Normalize on whole batches: drawing is apart from applying.
+"""ToTensor, RandomAffine, ColorJitter, Cutout, CutMix and Normalize on whole batches: drawing is apart from applying.
 
 Written here and not taken from kornia, which draws from torch's global generator and takes twice as long
 (`benchmarks/augment.py`). Same conventions as torchvision's transforms of these names; the tests compare the results
@@ -40,6 +40,11 @@ class Draws:
     cut_x: torch.Tensor
     cut_y: torch.Tensor
     """Place of the covered square between the left or upper edge, 0, and the other one, 1."""
+    mix_share: torch.Tensor
+    """Share of the area that another image replaces; 0 for an image that is not mixed."""
+    mix_x: torch.Tensor
+    mix_y: torch.Tensor
+    """Place of that rectangle, as of the covered square."""
 
     def at(self, indices: torch.Tensor) -> "Draws":
         """Returns the parameters of the images at `indices`, (M,) int64."""
@@ -69,6 +74,9 @@ def draw(settings: AugmentSettings, count: int, generator: torch.Generator) -> D
         mirror=torch.where(uniform(0, 1) < settings.flip, -1.0, 1.0),
         cut_x=uniform(0, 1),
         cut_y=uniform(0, 1),
+        mix_share=torch.where(uniform(0, 1) < settings.cutmix, uniform(0, 1), 0.0),
+        mix_x=uniform(0, 1),
+        mix_y=uniform(0, 1),
     )
 
 
@@ -220,15 +228,42 @@ def cut_out(images: torch.Tensor, draws: Draws, share: float, value: float) -> t
     (arXiv:1708.04552), here always wholly inside the image, as in airbench96.
     """
     height, width = images.shape[2:]
-    side = round(share * min(height, width))
-
-    def covered(place: torch.Tensor, length: int) -> torch.Tensor:
-        first = (place * (length - side + 1)).floor()[:, None]
-        along = torch.arange(length, device=images.device)
-        return (along >= first) & (along < first + side)
-
-    rows, columns = covered(draws.cut_y, height), covered(draws.cut_x, width)
+    side = torch.full_like(draws.cut_x, round(share * min(height, width)))
+    rows, columns = _stretch(draws.cut_y, side, height), _stretch(draws.cut_x, side, width)
     return images.masked_fill((rows[:, :, None] & columns[:, None, :])[:, None], value)
+
+
+def cut_mix(
+    images: torch.Tensor, labels: torch.Tensor, draws: Draws, classes: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Replaces a rectangle of each image, similar to the whole, by that of the image before it in the batch.
+
+    Source: Yun et al., "CutMix" (arXiv:1905.04899), here always wholly inside the image.
+
+    Args:
+        images: (N, C, H, W).
+        labels: (N,) int64.
+        draws: One set of parameters per image, of which those of the mixing are used.
+        classes: How many there are.
+
+    Returns:
+        The images, and (N, classes) float32: the share of an image's area that is of each class.
+    """
+    height, width = images.shape[2:]
+    side = draws.mix_share.sqrt()
+    rows = _stretch(draws.mix_y, (side * height).round(), height)
+    columns = _stretch(draws.mix_x, (side * width).round(), width)
+    replaced = (rows[:, :, None] & columns[:, None, :])[:, None]
+    share = (rows.sum(1) * columns.sum(1) / (height * width))[:, None]
+    each = functional.one_hot(labels, classes).float()
+    return torch.where(replaced, images.roll(1, 0), images), torch.lerp(each, each.roll(1, 0), share)
+
+
+def _stretch(place: torch.Tensor, count: torch.Tensor, length: int) -> torch.Tensor:
+    """Tells which of `length` pixels belong to the `count` ones, (N,), at a place from 0 to 1: (N, length) bool."""
+    first = (place * (length - count + 1)).floor()[:, None]
+    along = torch.arange(length, device=place.device)
+    return (along >= first) & (along < first + count[:, None])
 
 
 def to_grey(images: torch.Tensor) -> torch.Tensor:

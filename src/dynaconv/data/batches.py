@@ -7,7 +7,7 @@ from functools import cache
 import torch
 from torch.nn import functional
 
-from dynaconv.data.augment import augment, draw, normalize, to_tensor
+from dynaconv.data.augment import augment, cut_mix, draw, normalize, to_tensor
 from dynaconv.data.images import ImageSet
 from dynaconv.recipe import AugmentSettings
 
@@ -16,7 +16,8 @@ class Batches:
     """An iterable of (images, labels): (B, C, H, W) float32 normalised and (B,) int64, on the device of the images.
 
     With a seed, every pass is a new epoch: the images come in a new order and are augmented anew, both a function
-    of (seed, epoch, index of the image) alone. Without one, they come in order and only normalised.
+    of (seed, epoch, index of the image) alone. Without one, they come in order and only normalised. With a seed and
+    CutMix each image is mixed with the one before it in its batch, and labels are (B, classes) float32: shares.
     The last batch holds what is left; a single image left over joins the batch before it, since batch norm in
     training cannot work on one value.
 
@@ -68,10 +69,13 @@ class Batches:
             side = self.sizes[self.epoch] if self.sizes else side
             self.epoch += 1
         for indices in order.to(device).split(self._sizes()):
-            batch = to_tensor(self.images.images[indices])
+            batch, labels = to_tensor(self.images.images[indices]), self.images.labels[indices]
             if draws is not None:
-                batch = augment(batch, self.settings, draws.at(indices))
-            yield normalize(_scale(batch, side), self.settings), self.images.labels[indices]
+                drawn = draws.at(indices)
+                batch = augment(batch, self.settings, drawn)
+                if self.settings.cutmix:
+                    batch, labels = cut_mix(batch, labels, drawn, len(self.images.classes))
+            yield normalize(_scale(batch, side), self.settings), labels
 
     def _sizes(self) -> list[int]:
         full, rest = divmod(len(self.images), self.batch_size)

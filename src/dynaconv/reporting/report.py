@@ -176,7 +176,9 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _is_unaugmented(recipe: Any) -> bool:
     augment = recipe.augment
-    return not any((augment.degrees, augment.translate, augment.flip, augment.brightness))
+    return not any(
+        (augment.degrees, augment.translate, augment.flip, augment.brightness, augment.cutout, augment.cutmix)
+    )
 
 
 def _mixes(mixture: dict[str, Any]) -> bool:

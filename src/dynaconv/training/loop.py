@@ -13,7 +13,7 @@ from dynaconv.errors import WorkError
 from dynaconv.model.judged import as_judged
 
 Batch = tuple[torch.Tensor, torch.Tensor]
-"""(images, labels): (B, C, H, W) float and (B,) int64."""
+"""(images, labels): (B, C, H, W) float and (B,) int64, or (B, classes) float where an image may be of two classes."""
 
 
 class Average(NamedTuple):
@@ -43,9 +43,9 @@ class Sums:
         self.images = 0
 
     def add(self, loss: torch.Tensor, logits: torch.Tensor, labels: torch.Tensor) -> None:
-        """Adds a batch: its mean loss, (B, classes) logits and (B,) labels."""
+        """Adds a batch: its mean loss, (B, classes) logits, and its labels; of several classes the largest counts."""
         self.loss += loss.detach() * len(labels)
-        self.correct += (logits.detach().argmax(1) == labels).sum()
+        self.correct += (logits.detach().argmax(1) == (labels if labels.ndim == 1 else labels.argmax(1))).sum()
         self.images += len(labels)
 
     def merge(self, other: "Sums") -> None:
