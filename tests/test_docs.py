@@ -115,7 +115,7 @@ def test_figures_of_several_seeds_are_those_of_their_result(name, recipe, words)
     assert document["recipe"]["data"]["validation_fraction"] == 0
 
 
-@pytest.mark.parametrize("name", ["fast92-all", "fast92", "fast94", "strong"])
+@pytest.mark.parametrize("name", ["fast92-all", "fast92", "fast94", "fast96", "strong"])
 def test_what_was_measured_are_the_recipes_as_they_are(name):
     document = json.loads((RESULTS / f"{name}.json").read_text())
     stored = document.get("recipe") or next(iter(document["recipes"].values()))
@@ -125,6 +125,22 @@ def test_what_was_measured_are_the_recipes_as_they_are(name):
         assert named[part] | stored[part] == named[part], part
     for key in ("epochs", "batch_size", "accumulation_steps", "train_scales"):
         assert stored["train"][key] == named["train"][key], key
+
+
+def test_figures_of_the_longest_training_on_a_cpu_are_those_of_its_result():
+    document = json.loads((RESULTS / "fast96.json").read_text())
+    metrics, told = document["metrics"], " ".join((RECIPES["fast96"].__doc__ or "").split())
+    (row,) = (
+        line for line in (ROOT / "README.md").read_text().splitlines() if line.startswith("| `fast96` with `--val")
+    )
+    plain, six = (f"{metrics[name]['mean']:.2%}" for name in ("test_accuracy", "test_accuracy_tta"))
+    minutes, memory = metrics["train_seconds"]["mean"] / 60, metrics["peak_memory_bytes"]["mean"] / 1e9
+    assert f"{plain}, {six} by six views | none held out | {minutes:.0f} minutes" in row
+    assert f"{plain} of the test images, {six} by six views, {len(document['seeds'])} seed" in told
+    for text in (row, told):
+        assert f"{len(document['seeds'])} seed" in text
+        assert f"{memory:.1f} GB" in text
+    assert document["recipe"]["data"]["validation_fraction"] == 0
 
 
 def test_figures_of_the_trainings_on_a_gpu_are_those_of_their_results():
