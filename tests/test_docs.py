@@ -73,6 +73,19 @@ def test_figures_of_the_coursework_recipe_are_those_of_its_result():
         assert f"{seeds} seed{'s' if seeds > 1 else ''}" in text, where
 
 
+def test_figures_of_the_coursework_recipe_in_bfloat16_are_those_of_its_result():
+    document = json.loads((RESULTS / "coursework-bfloat16.json").read_text())
+    metrics, told = document["metrics"], " ".join((RECIPES["coursework"].__doc__ or "").split())
+    assert document["precision"] == ["bfloat16"]
+    test, validation = (f"{metrics[f'{split}_accuracy']['mean']:.2%}" for split in ("test", "validation"))
+    minutes, seeds = f"{metrics['train_seconds']['mean'] / 60:.0f} minutes", f"{len(document['seeds'])} seed"
+    row = f"| `coursework` | {test} | {validation} | {minutes} | {seeds} on the same, in bfloat16; "
+    row += f"{metrics['peak_memory_bytes']['mean'] / 1e9:.1f} GB of memory |"
+    assert row in (ROOT / "README.md").read_text()
+    assert f"Cost: {minutes} on two cores with matrix tiles" in told
+    assert f"{test} in bfloat16, {seeds}" in told
+
+
 def test_figures_of_the_default_recipe_are_those_of_its_result():
     metrics = json.loads((RESULTS / "fast92.json").read_text())["metrics"]
     readme, told = (ROOT / "README.md").read_text(), RECIPES["fast92"].__doc__ or ""
@@ -92,7 +105,7 @@ def test_figures_of_the_default_recipe_are_those_of_its_result():
     ("name", "recipe", "words"),
     [
         ("fast92-all", "fast92", "`fast92` with `--validation-fraction 0`"),
-        ("fast92-avx512", "fast92", "`fast92`, other image sizes, `--validation-fraction 0`"),
+        ("fast92-avx512", "fast92", "`fast92`, four epochs at 16 pixels and three at 24, `--validation-fraction 0`"),
         ("fast94", "fast94", "`fast94` with `--validation-fraction 0`"),
     ],
 )

@@ -145,13 +145,23 @@ def test_other_images_are_refused(stopped):
         resume_experiment(run.path, lambda line: None)
 
 
-@pytest.mark.parametrize(("name", "before"), [("threads", 64), ("transforms", "by hand")])
+@pytest.mark.parametrize(("name", "before"), [("threads", 64), ("transforms", "by hand"), ("judging", "by hand")])
 def test_what_is_not_as_at_the_beginning_is_said(name, before, stopped):
     run = stopped(2)
     run.write_json("environment.json", {**run.read_json("environment.json"), name: before})
     lines = []
     resume_experiment(run.path, lines.append)
     assert f"Not as at the run's beginning: {name}. The result may differ in its last digits." in lines
+
+
+def test_nothing_is_said_of_what_an_older_run_did_not_tell(stopped):
+    run = stopped(2)
+    environment = run.read_json("environment.json")
+    del environment["judging"]
+    run.write_json("environment.json", environment)
+    lines = []
+    resume_experiment(run.path, lines.append)
+    assert not [line for line in lines if line.startswith("Not as at")]
 
 
 def test_a_state_of_another_network_is_refused(stopped):

@@ -199,7 +199,8 @@ def _note_changes(run: RunDir, data: TrainingData, now: dict[str, Any], say: Cal
             f"The training images of {data.source} are not those that the run in {run.path} began with; "
             "bring them back, or start a new run."
         )
-    before = {"transforms": "torch", "judging": "torch", **then}  # runs that do not tell had torch's
+    # Runs that do not tell had torch's transforms, and were judged by nobody knows whom.
+    before = {"transforms": "torch", "judging": now["judging"], **then}
     machine = ("device_name", "cpu_capability", "threads", "precision", "packages")
     changed = [name for name in (*machine, "convolutions", "transforms", "judging") if before.get(name) != now[name]]
     if changed:

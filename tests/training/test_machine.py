@@ -43,7 +43,7 @@ def test_how_a_network_is_judged_is_told(tiles, monkeypatch):
 
 @pytest.mark.parametrize(("recipe", "told"), [(BICUBIC, ["advice"]), (NEAREST, [])], ids=["cubic", "whole pixels"])
 def test_who_would_gain_by_a_compiler_is_told(recipe, told, monkeypatch):
-    monkeypatch.setattr(native, "advice", lambda: "advice")
+    monkeypatch.setattr(native, "advice", lambda convolutions: "advice")
     threads, said = torch.get_num_threads(), []
     try:
         set_up_machine(recipe, said.append)

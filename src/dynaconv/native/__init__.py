@@ -103,12 +103,17 @@ def why_not() -> str | None:
     return _outcome()[1]
 
 
-def advice() -> str | None:
-    """Tells the user what could be mended, where the library would run here but could not be built; else None."""
-    if leaves_tiles_unused():
+def advice(convolutions: bool) -> str | None:
+    """Tells the user what could be mended, where the library would run here but could not be built as it should.
+
+    Args:
+        convolutions: Whether it is wanted for convolutions, and not for transforms alone.
+    """
+    if convolutions and leaves_tiles_unused():
         return (
-            "Training goes through torch's own convolutions, at half the speed of dynaconv's: the C compiler does not "
-            "know the processor's matrix tiles (AMX). Install a newer one, such as gcc 12, or name one in CC."
+            "Training goes through torch's own convolutions, at half the speed of dynaconv's, which were built without "
+            "the processor's matrix tiles (AMX): the C compiler does not know them, or was told to leave them out. "
+            "Name another one in CC, such as gcc 12."
         )
     reason = why_not()
     if reason is None or not reason.startswith(_NOT_BUILT):

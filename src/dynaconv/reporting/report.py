@@ -176,9 +176,9 @@ def _read(path: Path) -> dict[str, Any]:
 
 def _is_unaugmented(recipe: Any) -> bool:
     augment = recipe.augment
-    return not any(
-        (augment.degrees, augment.translate, augment.flip, augment.brightness, augment.cutout, augment.cutmix)
-    )
+    colours = (augment.brightness, augment.contrast, augment.saturation, augment.hue)
+    zoom = (augment.scale_min != 1, augment.scale_max != 1)
+    return not any((augment.degrees, augment.translate, augment.flip, augment.cutout, augment.cutmix, *colours, *zoom))
 
 
 def _mixes(mixture: dict[str, Any]) -> bool:

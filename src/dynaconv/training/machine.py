@@ -30,7 +30,8 @@ def set_up_machine(recipe: Recipe, say: Callable[[str], None]) -> tuple[torch.de
     use_deterministic(recipe.train.deterministic)
     precision = pick_precision(recipe.train.precision, device, say)
     # Asked here, so that what is not built yet is built before the first epoch is timed.
-    if any(_could_be_compiled(recipe, device, precision).values()) and (advice := native.advice()):
+    could = _could_be_compiled(recipe, device, precision)
+    if any(could.values()) and (advice := native.advice(could["convolutions"])):
         say(advice)
     return device, precision
 
