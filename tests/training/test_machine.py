@@ -33,6 +33,15 @@ def test_what_is_compiled_is_told(recipe, precision, device, compiled, monkeypat
         assert [name for name in ("convolutions", "transforms") if told[name] == "compiled"] == expected
 
 
+def test_nothing_is_built_for_a_training_that_computes_without_it(monkeypatch):
+    monkeypatch.setattr(native, "library", lambda: pytest.fail("built"))
+    monkeypatch.setattr(native, "is_built", lambda: False)
+    for name in ("has_matrix_tiles", "leaves_tiles_unused"):
+        monkeypatch.setattr(native, name, getattr(native, name).__wrapped__)
+    told = describe_machine(NEAREST, CPU, torch.float32)
+    assert [told[name] for name in ("convolutions", "transforms", "judging")] == ["torch"] * 3
+
+
 @pytest.mark.parametrize("tiles", [True, False])
 def test_how_a_network_is_judged_is_told(tiles, monkeypatch):
     monkeypatch.setattr(native, "is_built", lambda: True)

@@ -42,8 +42,8 @@ def describe_machine(recipe: Recipe, device: torch.device, precision: torch.dtyp
     "convolutions", in training, and "transforms" are "compiled" or "torch"; "judging" is "tiles" or "torch".
     """
     could = _could_be_compiled(recipe, device, precision)
-    if native.library() is not None and native.leaves_tiles_unused():
-        could["convolutions"] = False
+    # Asked of no training that computes without the library: it would be built for the answer.
+    could["convolutions"] = could["convolutions"] and not native.leaves_tiles_unused()
     whose = {name: "compiled" if can and native.library() is not None else "torch" for name, can in could.items()}
     whose["judging"] = "tiles" if judges_on_tiles(device) else "torch"
     return {**describe_environment(device, precision), **whose}
