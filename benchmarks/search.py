@@ -1,7 +1,7 @@
 """Trains one variant of a recipe and judges it on the validation split alone: how the recipes' settings were chosen.
 
 Commands: python benchmarks/search.py try NAME [RECIPE] [--SETTING VALUE ...]    (as in `dynaconv train`)
-          python benchmarks/search.py summary    (writes results/search.json from all tries)
+          python benchmarks/search.py summary    (adds all tries here to results/search.json)
 Needs: DYNACONV_DATA. The test split is never opened. Two tries with `--threads 1` each get more out of two cores than
 one after the other.
 """
@@ -13,7 +13,7 @@ import time
 from pathlib import Path
 
 import torch
-from record import COMMIT, write_result
+from record import COMMIT, RESULTS, write_result
 
 from dynaconv.arguments import parse_training
 from dynaconv.data.batches import Batches
@@ -31,8 +31,10 @@ UNAUGMENTED = 5000
 def main() -> None:
     match sys.argv[1:]:
         case ["summary"]:
-            tries = [json.loads(path.read_text()) for path in sorted(TRIES.glob("*.json"))]
-            print(write_result("search", {}, tries=tries))
+            stored = json.loads((RESULTS / "search.json").read_text())["tries"]
+            here = [json.loads(path.read_text()) for path in sorted(TRIES.glob("*.json"))]
+            tries = {each["name"]: each for each in [*stored, *here]}
+            print(write_result("search", {}, tries=list(tries.values())))
         case ["try", name, *words]:
             recipe, _ = parse_training([*words, "--data", "cifar10"])
             TRIES.mkdir(parents=True, exist_ok=True)
