@@ -44,9 +44,9 @@ def plan_epochs(
     budget = parse_duration(recipe.train.budget or "")
     started = time.perf_counter()
     side = images.images.shape[-1]
-    # As many epochs as there are scales take each of them once.
-    sizes = sizes_of_epochs(recipe, max(1, len(recipe.train.train_scales)), side)
-    seconds = {size: _seconds_per_image(recipe, model, images, size, device) for size in sorted(set(sizes))}
+    one_of_each = max(1, len(recipe.train.train_scales))  # epochs that take each scale once
+    sizes = sorted(set(sizes_of_epochs(recipe, one_of_each, side)))
+    seconds = {size: _seconds_per_image(recipe, model, images, size, device) for size in sizes}
     judging = _seconds_per_judged_image(recipe, model, images, device)
     with torch.autocast(device.type, enabled=False):  # the end is judged in float32
         last = _seconds_per_judged_image(recipe, model, images, device)
@@ -58,8 +58,7 @@ def plan_epochs(
         return training + judged * (judging * epochs + last * 3 * (1 + views))
 
     available = budget * (1 - RESERVE) - spent
-    # Images grow over a training, so that a single epoch is not what an average one costs.
-    one_of_each = max(1, len(recipe.train.train_scales))
+    # Images grow over a training: an epoch costs what it does in the mean over all scales.
     epochs = max(1, math.floor(available / needed(one_of_each) * one_of_each))
     while needed(epochs + 1) <= available:
         epochs += 1
