@@ -1,6 +1,6 @@
 """Times the training step of a recipe as it is against the plain one: literal mixture, float32, nothing of the engine.
 
-Command: python benchmarks/train_speed.py [RECIPE ...]    (all if none is named)
+Command: python benchmarks/train_speed.py [RECIPE ...]    (all if none is named; what is stored of the others stays)
 Needs: DYNACONV_DATA. Takes: twenty minutes for all of them on two cores with matrix tiles. Each contender runs in
 processes of its own, in turn, since the allocator's settings cannot be taken back. A step is what training does:
 transforms, forward, backward, update. The result's name ends in "-avx512" or "-float32" without matrix tiles.
@@ -17,7 +17,7 @@ from functools import lru_cache
 from itertools import islice
 
 import torch
-from record import on_this_processor, over_repeats, write_result
+from record import COMMIT, RESULTS, on_this_processor, over_repeats, write_result
 from torch.utils.flop_counter import FlopCounterMode
 
 from dynaconv.data.batches import Batches
@@ -42,27 +42,37 @@ PEAK_SHAPES = ((64, 32), (128, 16), (256, 8), (256, 16))
 """(channels, side of the map) of the direct convolutions of which the fastest counts as this machine's peak."""
 
 
+PEAK = "peak_flops_per_second"
+
+
 def main() -> None:
     match sys.argv[1:]:
         case ["--measure", name, contender]:
             print(json.dumps(seconds_per_image(with_all_sides(name), plain=contender == "plain")))
         case names:
+            result = on_this_processor("train_speed")
+            stored = json.loads((RESULTS / f"{result}.json").read_text()) if names else None
             precision = pick_precision("auto", pick_device("auto"), print)
-            peak = peak_of_direct_convolutions(precision)
+            # Rows of one table share one peak.
+            peak = stored["metrics"][PEAK]["value"] if stored else peak_of_direct_convolutions(precision)
             told = str(precision).removeprefix("torch.")
             print(f"peak of a direct convolution in {told}: {peak / 1e9:.0f} GFLOP/s", flush=True)
-            metrics = {name: compare(name, peak) for name in names or RECIPES}
-            steps = {name: step_of(RECIPES[name]()) for name in metrics}
-            metrics = {"peak_flops_per_second": {"value": peak}, **metrics}
-            name = on_this_processor("train_speed")
-            print(write_result(name, metrics, precision=told, timed_with_steps_of=steps))
+            metrics = {PEAK: {"value": peak}} | {name: compare(name, peak) for name in names or RECIPES}
+            steps = {name: step_of(RECIPES[name]()) for name in names or RECIPES}
+            commits = dict.fromkeys(steps, COMMIT)
+            if stored:
+                metrics = stored["metrics"] | metrics
+                steps = stored["timed_with_steps_of"] | steps
+                commits = dict.fromkeys(stored["metrics"], stored["commit"]) | stored.get("commits", {}) | commits
+                del commits[PEAK]
+            print(write_result(result, metrics, precision=told, timed_with_steps_of=steps, commits=commits))
 
 
 def compare(name: str, peak: float) -> dict[str, object]:
     """Relates both contenders to each other and to the peak."""
     recipe = RECIPES[name]()
     rounds = time_in_turn(step_of(recipe))
-    sizes = sizes_of_epochs(recipe, recipe.train.epochs, 32)
+    sizes = sides_of(recipe)
     means = {contender: [over_epochs(value, sizes) for value in values] for contender, values in rounds.items()}
     flops = statistics.fmean(flops_per_image(recipe, size) for size in sizes)
     times = [plain / engine for plain, engine in zip(means["plain"], means["engine"], strict=True)]
@@ -108,7 +118,7 @@ def with_all_sides(name: str) -> Recipe:
 def time_in_turn(name: str) -> dict[str, list[dict[str, float]]]:
     """Returns what both contenders take, in each round, as `seconds_per_image` tells."""
     rounds: dict[str, list[dict[str, float]]] = {"engine": [], "plain": []}
-    large = flops_per_image(RECIPES[name](), 32) >= LARGE
+    large = flops_per_image(RECIPES[name](), max(sides_of(RECIPES[name]()))) >= LARGE
     for _ in range(LARGE_ROUNDS if large else ROUNDS):
         for contender, values in rounds.items():
             command = [sys.executable, __file__, "--measure", name, contender]
@@ -117,6 +127,11 @@ def time_in_turn(name: str) -> dict[str, list[dict[str, float]]]:
             done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True, env=environment)
             values.append(json.loads(done.stdout.splitlines()[-1]))
     return rounds
+
+
+def sides_of(recipe: Recipe) -> list[int]:
+    """Returns the side in pixels of CIFAR-10's images in each epoch of a recipe."""
+    return sizes_of_epochs(recipe, recipe.train.epochs, recipe.data.image_size or 32)
 
 
 def over_epochs(seconds: dict[str, float], sizes: list[int]) -> float:
@@ -138,7 +153,7 @@ def seconds_per_image(recipe: Recipe, plain: bool) -> dict[str, float]:
     criterion = torch.nn.CrossEntropyLoss(label_smoothing=recipe.optim.label_smoothing)
     seconds = {}
     with computing_in(pick_precision(recipe.train.precision, device, print), device):
-        for size in sorted(set(sizes_of_epochs(recipe, recipe.train.epochs, 32))):
+        for size in sorted(set(sides_of(recipe))):
             batches = iter(Batches(data.train, recipe.train.batch_size, recipe.augment, 0, [size]))
             warming = max(2 if passes is model else 6, WARMING // recipe.train.batch_size)
             training_epoch(passes, islice(batches, warming), criterion, optimizer, device)

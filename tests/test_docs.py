@@ -138,6 +138,7 @@ def test_what_was_measured_are_the_recipes_as_they_are(name):
         assert named[part] | stored[part] == named[part], part
     for key in ("epochs", "batch_size", "accumulation_steps", "train_scales"):
         assert stored["train"][key] == named["train"][key], key
+    assert stored["data"]["image_size"] == named["data"]["image_size"]
 
 
 def test_figures_of_the_longest_training_on_a_cpu_are_those_of_its_result():
@@ -148,8 +149,9 @@ def test_figures_of_the_longest_training_on_a_cpu_are_those_of_its_result():
     )
     plain, six = (f"{metrics[name]['mean']:.2%}" for name in ("test_accuracy", "test_accuracy_tta"))
     minutes, memory = metrics["train_seconds"]["mean"] / 60, metrics["peak_memory_bytes"]["mean"] / 1e9
-    assert f"{plain}, {six} by six views | none held out | {minutes:.0f} minutes" in row
-    assert f"{plain} of the test images, {six} by six views, {len(document['seeds'])} seed" in told
+    assert f"| {plain}" in row
+    assert f"{six} by six views | none held out | {minutes:.0f} minutes" in row
+    assert f"{plain} of the test images, {six} by six views, " in told
     for text in (row, told):
         assert f"{len(document['seeds'])} seed" in text
         assert f"{memory:.1f} GB" in text
