@@ -20,7 +20,7 @@ from dynaconv.model.network import build_network
 from dynaconv.recipe import Recipe, with_settings
 from dynaconv.reporting.events import EventWriter
 from dynaconv.rundir import RunDir
-from dynaconv.training.start import fit_batches, training_batches
+from dynaconv.training.start import fit_batches, load_training_data, training_batches
 
 SMALL = with_settings(
     Recipe(name="small"),
@@ -192,6 +192,15 @@ def test_few_images_go_in_batches_that_batch_norm_can_work_on(images, batches):
 
 def test_as_many_images_as_a_batch_are_one():
     assert fit_batches(SMALL, SMALL.train.batch_size, pytest.fail) is SMALL
+
+
+@pytest.mark.parametrize("size", [None, 12])
+def test_images_of_another_size_are_resized_aloud(size):
+    lines = []
+    data = load_training_data(with_settings(SMALL, image_size=size), torch.device("cpu"), lines.append)
+    assert data.train.images.shape[2:] == ((8, 8) if size is None else (size, size))
+    told = "Images of another size are resized to 12 pixels (--image-size)."
+    assert (told in lines) == (size is not None)
 
 
 def test_nothing_left_to_train_on(tmp_path):

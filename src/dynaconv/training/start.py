@@ -50,6 +50,8 @@ def load_training_data(recipe: Recipe, device: torch.device, say: Callable[[str]
     options = options_of(recipe.data, say)
     source = resolve(recipe.data.source, options)
     images = load_images(source, "train", options)
+    if recipe.data.image_size is not None:  # a recipe may bring it along, and shrink images without being asked to
+        say(f"Images of another size are resized to {recipe.data.image_size} pixels (--image-size).")
     split = split_stratified(
         images.labels, recipe.data.validation_fraction, recipe.data.split_seed, recipe.data.max_train_images
     )
