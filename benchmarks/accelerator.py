@@ -25,10 +25,10 @@ from record import over_repeats, over_seeds, write_result
 from dynaconv.arguments import parse_training
 from dynaconv.data.batches import Batches
 from dynaconv.data.images import ImageSet
-from dynaconv.data.sources import load_images, options_of
+from dynaconv.data.sources import SourceOptions, load_images, options_of
 from dynaconv.device import computing_in
 from dynaconv.judging.evaluate import evaluate
-from dynaconv.recipe import Recipe, with_settings
+from dynaconv.recipe import Recipe, sizes_of_epochs, with_settings
 from dynaconv.recipes import RECIPES
 from dynaconv.training.fit import fit
 from dynaconv.training.loop import EpochState, Sums, training_epoch
@@ -49,7 +49,7 @@ def steps(name: str) -> None:
     """Tells the time of a step with the passes replayed and as they are, and how far the losses are apart."""
     recipe, data = load(RECIPES[name]())
     criterion = torch.nn.CrossEntropyLoss(label_smoothing=recipe.optim.label_smoothing)
-    for side in (16, 24, 32):
+    for side in sorted(set(sizes_of_epochs(recipe, recipe.train.epochs, data.train.images.shape[-1]))):
         told = []
         for replayed in (False, True):
             model = build_model(recipe, data.train, DEVICE)
@@ -109,8 +109,9 @@ def race(level: str, rounds: int, words: list[str]) -> None:
     test = load_images("cifar10", "test", options_of(recipe.data)).to(DEVICE)
     with tempfile.TemporaryDirectory() as folder, contextlib.chdir(folder):
         Path("cifar10").mkdir()
-        for split, images in (("train", data.train), ("test", test)):
-            stored = {"images": images.images.permute(0, 2, 3, 1).cpu(), "labels": images.labels.cpu()}
+        for split in ("train", "test"):
+            images = load_images("cifar10", split, SourceOptions())  # as they are, whatever ours trains on
+            stored = {"images": images.images.permute(0, 2, 3, 1), "labels": images.labels}
             torch.save({**stored, "classes": list(images.classes)}, f"cifar10/{split}.pt")
         import airbench
 

@@ -42,7 +42,7 @@ def train(words: list[str], seed: int) -> dict[str, Any]:
     data = kept(("train", recipe.data), lambda: load_training_data(recipe, device, lambda line: None))
     judged = data.validation
     if not len(judged):
-        judged = kept("test", lambda: load_images("cifar10", "test", options_of(recipe.data)).to(device))
+        judged = kept(("test", recipe.data), lambda: load_images("cifar10", "test", options_of(recipe.data)).to(device))
     outcome = train_and_judge(recipe, data, judged, device)
     split = "validation" if len(data.validation) else "test"
     return {

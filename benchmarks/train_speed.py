@@ -1,7 +1,7 @@
 """Times the training step of a recipe as it is against the plain one: literal mixture, float32, nothing of the engine.
 
-Command: python benchmarks/train_speed.py [RECIPE ...]    (all if none is named; what is stored of the others stays)
-Needs: DYNACONV_DATA. Takes: twenty minutes for all of them on two cores with matrix tiles. Each contender runs in
+Command: python benchmarks/train_speed.py [RECIPE ...]    (all if none is named)
+Needs: DYNACONV_DATA. Takes: half an hour for all of them on two cores with matrix tiles. Each contender runs in
 processes of its own, in turn, since the allocator's settings cannot be taken back. A step is what training does:
 transforms, forward, backward, update. The result's name ends in "-avx512" or "-float32" without matrix tiles.
 """
@@ -17,7 +17,7 @@ from functools import lru_cache
 from itertools import islice
 
 import torch
-from record import COMMIT, RESULTS, on_this_processor, over_repeats, write_result
+from record import on_this_processor, over_repeats, write_result
 from torch.utils.flop_counter import FlopCounterMode
 
 from dynaconv.data.batches import Batches
@@ -42,30 +42,20 @@ PEAK_SHAPES = ((64, 32), (128, 16), (256, 8), (256, 16))
 """(channels, side of the map) of the direct convolutions of which the fastest counts as this machine's peak."""
 
 
-PEAK = "peak_flops_per_second"
-
-
 def main() -> None:
     match sys.argv[1:]:
         case ["--measure", name, contender]:
             print(json.dumps(seconds_per_image(with_all_sides(name), plain=contender == "plain")))
         case names:
-            result = on_this_processor("train_speed")
-            stored = json.loads((RESULTS / f"{result}.json").read_text()) if names else None
             precision = pick_precision("auto", pick_device("auto"), print)
-            # Rows of one table share one peak.
-            peak = stored["metrics"][PEAK]["value"] if stored else peak_of_direct_convolutions(precision)
+            peak = peak_of_direct_convolutions(precision)
             told = str(precision).removeprefix("torch.")
             print(f"peak of a direct convolution in {told}: {peak / 1e9:.0f} GFLOP/s", flush=True)
-            metrics = {PEAK: {"value": peak}} | {name: compare(name, peak) for name in names or RECIPES}
-            steps = {name: step_of(RECIPES[name]()) for name in names or RECIPES}
-            commits = dict.fromkeys(steps, COMMIT)
-            if stored:
-                metrics = stored["metrics"] | metrics
-                steps = stored["timed_with_steps_of"] | steps
-                commits = dict.fromkeys(stored["metrics"], stored["commit"]) | stored.get("commits", {}) | commits
-                del commits[PEAK]
-            print(write_result(result, metrics, precision=told, timed_with_steps_of=steps, commits=commits))
+            metrics = {name: compare(name, peak) for name in names or RECIPES}
+            steps = {name: step_of(RECIPES[name]()) for name in metrics}
+            metrics = {"peak_flops_per_second": {"value": peak}, **metrics}
+            name = on_this_processor("train_speed")
+            print(write_result(name, metrics, precision=told, timed_with_steps_of=steps))
 
 
 def compare(name: str, peak: float) -> dict[str, object]:

@@ -10,9 +10,12 @@ from PIL import Image
 from sklearn.datasets import load_digits
 
 from dynaconv.cli import main
+from dynaconv.data.augment import normalize, to_tensor
+from dynaconv.data.pictures import change_form
 from dynaconv.errors import UserError
-from dynaconv.evaluation import compare_runs, evaluate_run
+from dynaconv.evaluation import compare_runs, evaluate_run, load_finished
 from dynaconv.experiment import run_experiment
+from dynaconv.judging.robustness import Block
 from dynaconv.recipe import Recipe, with_settings
 from dynaconv.rundir import RunDir
 from dynaconv.seeds import resume_seeds, run_seeds
@@ -131,6 +134,18 @@ def test_other_classes_than_those_of_cifar10_are_refused(run, tmp_path, capsys):
     assert "are not those of CIFAR-10" in capsys.readouterr().err
 
 
+def test_images_of_others_are_judged_in_the_form_that_was_trained(run, monkeypatch):
+    generator = torch.Generator().manual_seed(0)
+    larger = torch.randint(0, 256, (60, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    trained = load_finished(run.path, torch.device("cpu"))
+    seen = normalize(to_tensor(change_form(larger, 8, 1)), trained.recipe.augment)
+    labels = trained.network(seen).argmax(1)
+    assert len(labels.unique()) > 1
+    block = Block("none", 0, larger, labels)
+    monkeypatch.setattr("dynaconv.evaluation._read_others", lambda *paths: [("theirs", [block])])
+    assert evaluate_run(run.path, say=quiet)["robustness"]["theirs"]["mean"] == 1
+
+
 def test_a_run_that_has_not_finished(run, capsys):
     (run.path / "result.json").unlink()
     assert main(["evaluate", str(run.path)]) == 2
@@ -181,6 +196,17 @@ def test_runs_on_other_images_are_refused(seeds, tmp_path):
     with pytest.raises(UserError, match="images"):
         compare_runs(seeds[0] / "seed-0", tmp_path / "other", "validation", say=quiet)
     compare_runs(seeds[0] / "seed-0", tmp_path / "other", "test", say=quiet)  # these are the same
+
+
+def test_runs_on_the_same_images_in_other_sizes_are_compared(seeds, tmp_path):
+    for name in ("once", "again"):
+        run_experiment(with_settings(SMALL, epochs=1, image_size=10), tmp_path / name, quiet)
+    evaluate_run(tmp_path / "again", say=quiet)
+    for split in ("validation", "test"):
+        compare_runs(tmp_path / "again", seeds[0] / "seed-0", split, tmp_path / split, quiet)
+        assert (tmp_path / split / "flips.png").read_bytes().startswith(b"\x89PNG")
+    digests = [RunDir.open(tmp_path / name).read_predictions("validation")[3] for name in ("once", "again")]
+    assert digests[0] == digests[1]
 
 
 def test_a_folder_is_not_compared_with_itself(seeds):

@@ -13,6 +13,7 @@ import torch
 from dynaconv.data.augment import normalize, to_tensor
 from dynaconv.data.cifar10 import CLASSES
 from dynaconv.data.images import ImageSet
+from dynaconv.data.pictures import change_form
 from dynaconv.data.sources import load_images, options_of
 from dynaconv.device import keep_freed_memory, pick_device, use_threads
 from dynaconv.errors import UserError
@@ -35,6 +36,7 @@ from dynaconv.judging.robustness import (
 )
 from dynaconv.judging.trained import (
     Trained,
+    identify,
     load_judged_images,
     load_trained,
     read_side,
@@ -56,7 +58,7 @@ EXPLAINED = 8
 
 
 def store_judgement(
-    run: RunDir, split: str, evaluation: Evaluation, images: ImageSet, calibration: Calibration, seed: int
+    run: RunDir, split: str, evaluation: Evaluation, images: ImageSet, calibration: Calibration, recipe: Recipe
 ) -> dict[str, Any]:
     """Writes what a run's network says about a split: figures, predictions, and its surest mistakes as a picture.
 
@@ -66,16 +68,17 @@ def store_judgement(
         evaluation: Of the network on `images`, one view each.
         images: The images of the split, in the classes of the network.
         calibration: Fitted on the validation images.
-        seed: Of the choice of random pictures.
+        recipe: Says where the images came from; its seed chooses random pictures.
 
     Returns:
         What evaluation-SPLIT.json holds.
     """
     document = {"split": split, "views": "one", **judge(evaluation, images.classes, calibration)}
     run.write_json(f"evaluation-{split}.json", document)
-    run.write_predictions(split, evaluation.logits, evaluation.labels, images.classes, images.sha256())
+    digest = identify(run, split, images, recipe)
+    run.write_predictions(split, evaluation.logits, evaluation.labels, images.classes, digest)
     worst = worst_mistakes(evaluation, SHOWN)
-    chosen = random_places(len(images), SHOWN, seed)
+    chosen = random_places(len(images), SHOWN, recipe.train.seed)
     pictures = {"random": _picture(images, evaluation, chosen), "mistakes": _picture(images, evaluation, worst)}
     run.write_json(f"pictures-{split}.json", pictures)
     if len(worst):
@@ -278,7 +281,7 @@ def _judge_split(
         images, evaluation = validation
     if views == "one":
         run.write_json(CALIBRATION, calibration.as_dict())
-        document = store_judgement(run, split, evaluation, images, calibration, recipe.train.seed)
+        document = store_judgement(run, split, evaluation, images, calibration, recipe)
     else:
         document = {"split": split, "views": views, **judge(evaluation, images.classes, calibration)}
         run.write_json(f"evaluation-{split}-{views}.json", document)
@@ -295,7 +298,8 @@ def _predictor(trained: Trained, device: torch.device) -> Callable[[torch.Tensor
     forward = as_judged(trained.network)
 
     def predict(batch: torch.Tensor) -> torch.Tensor:
-        return forward(normalize(to_tensor(batch.to(device)), trained.recipe.augment)).float().cpu()
+        seen = change_form(batch, trained.image_size, trained.channels)  # files of others know nothing of the run's
+        return forward(normalize(to_tensor(seen.to(device)), trained.recipe.augment)).float().cpu()
 
     return predict
 
@@ -365,7 +369,7 @@ def _draw_flips(
     if split == "validation":
         images = images.subset(torch.tensor(run.read_json("split.json")["validation"]))
     images = images.with_classes(classes)
-    if images.sha256() != digest:
+    if identify(run, split, images, recipe) != digest:
         return  # the source has changed since; the figures hold all the same
     other, *_ = RunDir.open(runs_in(second)[0]).read_predictions(split)
     places = torch.tensor([*lost, *gained])

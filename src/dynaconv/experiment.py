@@ -222,7 +222,7 @@ def _train_and_judge(work: _Work) -> dict[str, Any]:
     store_familiarity(run, model, data.train, data.validation, recipe)
     for split, images in (("validation", data.validation), ("test", test_images)):
         if split in evaluations:
-            store_judgement(run, split, evaluations[split], images, calibration, recipe.train.seed)
+            store_judgement(run, split, evaluations[split], images, calibration, recipe)
     result = {
         **_describe_outcome(recipe, data, model, history, evaluations),
         "test_looks": len(run.looks()),

@@ -1,6 +1,7 @@
 """The search for label errors: folds, ranking, the file, planted errors, and training without what it names."""
 
 import csv
+import dataclasses
 import json
 
 import pytest
@@ -99,6 +100,16 @@ def test_files_that_cannot_be_used_are_refused(tmp_path, text, message):
     (tmp_path / "list.csv").write_text(text)
     with pytest.raises(UserError, match=message):
         read_exclusions(tmp_path / "list.csv", make_images(4, ()))
+
+
+def test_a_list_holds_for_the_same_images_in_another_size(tmp_path):
+    images = make_images(4, ())
+    smaller = dataclasses.replace(images, images=images.images[:, :, ::2, ::2].contiguous())
+    (tmp_path / "list.csv").write_text(f"index,data\n2,{smaller.sha256()[:16]}\n")
+    assert read_exclusions(tmp_path / "list.csv", images, lambda: smaller).tolist() == [2]
+    for in_own_form in (lambda: None, lambda: images):
+        with pytest.raises(UserError, match="written for other images"):
+            read_exclusions(tmp_path / "list.csv", images, in_own_form)
 
 
 def test_a_file_that_is_not_there_or_no_text(tmp_path):

@@ -7,6 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import numpy as np
 import onnx
@@ -17,7 +18,7 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 from dynaconv.cli import main
-from dynaconv.data.sources import load_images, options_of
+from dynaconv.data.sources import SourceOptions, load_images, options_of
 from dynaconv.errors import UserError, WorkError
 from dynaconv.experiment import run_experiment
 from dynaconv.judging.evaluate import evaluate
@@ -150,6 +151,14 @@ def test_any_number_of_pictures_at_once(exported):
     one_by_one = np.concatenate([portable.probabilities(images[place : place + 1]) for place in range(7)])
     assert np.abs(together - one_by_one).max() < 1e-6
     assert together.sum(1) == pytest.approx(1)
+
+
+@pytest.mark.parametrize("side", [8, 12])
+def test_arrays_are_verified_in_the_size_that_was_trained(side):
+    trained = load_images("digits", "test", SourceOptions(image_size=side, channels=3))
+    classifier = SimpleNamespace(image_size=side, channels=3, classes=trained.classes)
+    pixels, labels, _ = read_pixels("digits", "test", classifier, None, quiet)
+    assert digest(pixels, labels, trained.classes) == trained.sha256()
 
 
 def test_predicting_and_verifying_load_no_torch(exported, tmp_path):

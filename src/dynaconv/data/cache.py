@@ -16,7 +16,7 @@ from dynaconv.errors import UserError
 from dynaconv.files import writing_whole
 from dynaconv.folders import cache_folder
 
-_FORMAT = 1  # Raised whenever the same files would be prepared differently than before.
+_FORMAT = 2  # Raised whenever the same files would be prepared differently than before.
 
 
 def prepared_key(files: Iterable[Path], **options: object) -> str:

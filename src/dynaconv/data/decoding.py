@@ -122,6 +122,14 @@ def decode(content: bytes | Path, image_size: int | None, channels: int | None) 
         raise _explain(error) from error
 
 
+def resize(pixels: Pixels, side: int) -> Pixels:
+    """Resizes (H, W, 1 or 3) pixels to (side, side, 1 or 3), as `decode` does with a picture that it has decoded."""
+    grey = pixels.shape[2] == 1
+    image = Image.fromarray(pixels[:, :, 0] if grey else pixels)
+    resized = np.asarray(image.resize((side, side), Image.Resampling.BILINEAR), dtype=np.uint8)
+    return resized[:, :, np.newaxis] if grey else resized
+
+
 def _explain(error: Exception) -> BadPictureError:
     """Gives the reason in words. Pillow's readers raise nearly any exception for a damaged file."""
     if isinstance(error, BadPictureError):

@@ -2,6 +2,7 @@
 
 import csv
 import io
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -14,13 +15,17 @@ MOST_BYTES = 64 * 2**20
 """A larger file is no list of images of this program."""
 
 
-def read_exclusions(path: Path, images: ImageSet) -> torch.Tensor:
+def read_exclusions(
+    path: Path, images: ImageSet, in_own_form: Callable[[], ImageSet | None] = lambda: None
+) -> torch.Tensor:
     """Reads which training images a file wants left out.
 
     Args:
         path: A CSV with a column `index`, whole numbers from 0, as `dynaconv labels` writes it. A column `data`, where
             there is one, holds the first digits of the hash of the images that are meant.
         images: All training images of the source, before any is held out.
+        in_own_form: Reads the same images as their source has them, if it can: `images` may be resized, and the file
+            may have been written for either.
 
     Returns:
         (M,) int64, sorted, without repetition.
@@ -36,7 +41,7 @@ def read_exclusions(path: Path, images: ImageSet) -> torch.Tensor:
     if not rows or "index" not in rows[0]:
         raise UserError(f"--without {path} has no column `index` with a row below it.")
     digits = rows[0].get("data") or ""
-    if not images.sha256().startswith(digits):
+    if not (images.sha256().startswith(digits) or _is_meant(in_own_form(), digits)):
         raise UserError(f"--without {path} was written for other images than those of {images.description}.")
     indices: set[int] = set()
     for number, row in enumerate(rows, start=2):
@@ -48,3 +53,7 @@ def read_exclusions(path: Path, images: ImageSet) -> torch.Tensor:
             )
         indices.add(int(word))
     return torch.tensor(sorted(indices), dtype=torch.int64)
+
+
+def _is_meant(images: ImageSet | None, digits: str) -> bool:
+    return images is not None and images.sha256().startswith(digits)

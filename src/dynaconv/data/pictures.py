@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Literal, TypeAlias, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from dynaconv.data.decoding import BadPictureError, Pixels, decode, read_header
+from dynaconv.data.decoding import BadPictureError, Pixels, decode, read_header, resize
 from dynaconv.errors import UserError
 
 if TYPE_CHECKING:  # who decodes a picture to classify it elsewhere has no torch
@@ -25,6 +25,9 @@ BadFilePolicy: TypeAlias = Literal["stop", "skip"]
 
 MAX_PREPARED_BYTES = 8 * 2**30
 """A set of images is held in memory whole; one that needs more than this is refused before it is decoded."""
+
+LARGEST_COMMON_SIDE = 64
+"""Pixels to which pictures of different sizes are resized at most, where no size is asked for."""
 
 _DECODE_THREADS = 2
 # Decoding small pictures is mostly Python, where two threads wait for each other: 13 s for CIFAR-10, 8 s on one.
@@ -177,8 +180,11 @@ def change_form(images: "torch.Tensor", image_size: int | None, channels: int | 
         red, green, blue = (images[:, index : index + 1].int() for index in range(3))
         images = ((red * 19595 + green * 38470 + blue * 7471 + 32768) >> 16).to(torch.uint8)
     if image_size is not None and tuple(images.shape[2:]) != (image_size, image_size):
-        size = (image_size, image_size)
-        images = torch.nn.functional.interpolate(images, size, mode="bilinear", antialias=True)
+        # One by one, since the same images must not differ by whether they come as an array or as files.
+        resized = np.empty((*images.shape[:2], image_size, image_size), dtype=np.uint8)
+        for place, pixels in enumerate(images.permute(0, 2, 3, 1).cpu().numpy()):
+            resized[place] = resize(pixels, image_size).transpose(2, 0, 1)
+        images = torch.from_numpy(resized).to(images.device)
     if channels == 3 and images.shape[1] == 1:
         images = images.expand(-1, 3, -1, -1)
     return images.contiguous()
@@ -281,7 +287,7 @@ def _common_side(sizes: Sequence[tuple[int, int]], description: str, notify: Not
     if len(distinct) == 1 and height == width:
         return height
     median = float(np.median([min(size) for size in sizes]))
-    side = int(min(64, max(8, 4 * round(median / 4))))
+    side = int(min(LARGEST_COMMON_SIDE, max(8, 4 * round(median / 4))))
     what = f"are {height} x {width}" if len(distinct) == 1 else f"have {len(distinct)} different sizes"
     notify(
         f"The pictures of {description} {what}; all are resized to {side} x {side} pixels (the median of the "

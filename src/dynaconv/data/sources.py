@@ -8,13 +8,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from dynaconv.data import cifar10, folders, hub, tables
 from dynaconv.data.cache import load_prepared, prepared_key, save_prepared
+from dynaconv.data.decoding import BadPictureError, Pixels, read_header
 from dynaconv.data.digits import find_digits
 from dynaconv.data.images import ImageSet
 from dynaconv.data.pictures import (
+    LARGEST_COMMON_SIDE,
     BadFilePolicy,
     Notify,
     PictureSplit,
@@ -31,6 +34,7 @@ NAMED = ("cifar10", "digits", "auto")
 _OTHER_FORMS = "a folder of class folders, a .parquet, .csv or .npz file, or hf:OWNER/NAME"
 _HUB_PREFIX = "hf:"
 _MIN_IMAGE_SIZE = 4
+_MOST_IN_OWN_FORM = 2**29  # Bytes: who trains on photographs made small needs no second set of them as they are.
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +131,29 @@ def load_images(source: str, split: SplitName, options: SourceOptions) -> ImageS
     of_train = dataclasses.replace(options, image_size=train.images.shape[-1], channels=train.images.shape[1])
     test = _prepare(splits["test"], of_train, (source, "test"))
     return _with_classes_of(train, test, options.notify)
+
+
+def load_in_own_form(source: str, split: SplitName, options: SourceOptions) -> ImageSet | None:
+    """Reads a split as `load_images` does without image size and channels: the same, however it is trained on.
+
+    Returns:
+        The images; None if they cannot be read, or if all splits together would take more than `_MOST_IN_OWN_FORM`.
+    """
+    as_they_are = dataclasses.replace(options, image_size=None, channels=None, notify=ignore)
+    try:
+        splits = find_splits(resolve(source, as_they_are), as_they_are)
+        size = sum(_bytes_in_own_form(each.read().pictures) for each in splits.values())
+        return load_images(source, split, as_they_are) if size <= _MOST_IN_OWN_FORM else None
+    except (UserError, BadPictureError, OSError, MemoryError):
+        return None
+
+
+def _bytes_in_own_form(pictures: Sequence[bytes | Path] | Pixels) -> int:
+    """Estimates what `assemble` makes of pictures: they keep their size where all are square and of one."""
+    if isinstance(pictures, np.ndarray):
+        return pictures.nbytes
+    (height, width), _ = read_header(pictures[0])
+    return len(pictures) * 3 * (height if height == width else LARGEST_COMMON_SIDE) ** 2
 
 
 def _resolve_auto(options: SourceOptions) -> str:

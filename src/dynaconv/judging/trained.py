@@ -7,7 +7,7 @@ from typing import Any, Literal
 import torch
 
 from dynaconv.data.images import ImageSet
-from dynaconv.data.sources import NAMED, SourceOptions, load_images
+from dynaconv.data.sources import NAMED, SourceOptions, load_images, load_in_own_form, options_of
 from dynaconv.errors import UserError
 from dynaconv.judging.comparison import Judged
 from dynaconv.model.network import Network, build_network
@@ -127,6 +127,32 @@ def load_judged_images(trained: Trained, split: str, options: SourceOptions) -> 
     if not isinstance(chosen, list) or not all(type(place) is int and 0 <= place < len(images) for place in chosen):
         raise UserError(f"{trained.run.path / 'split.json'} names images that there are not; it was altered.")
     return images.subset(torch.tensor(chosen)).with_classes(trained.classes)
+
+
+def identify(run: RunDir, split: str, images: ImageSet, recipe: Recipe) -> str:
+    """Returns a hash of a split by which runs are told to have been judged on the same images, in whatever form.
+
+    Args:
+        run: Its split tells which of the training images validated.
+        split: "validation" or "test".
+        images: The images as they were judged.
+        recipe: Says where they came from, and whether their form was changed.
+
+    Returns:
+        The hash of the images in their source's own size and channels, if those can be read again, else of `images`.
+    """
+    if recipe.data.image_size is None and recipe.data.channels is None:
+        return images.sha256()
+    own = load_in_own_form(recipe.data.source, "test" if split == "test" else "train", options_of(recipe.data))
+    if own is None or set(own.classes) != set(images.classes):
+        return images.sha256()
+    if split == "validation":
+        places = torch.tensor(run.read_json("split.json")["validation"])
+        if int(places.max()) >= len(own):
+            return images.sha256()
+        own = own.subset(places)
+    own = own.with_classes(images.classes)
+    return own.sha256() if torch.equal(own.labels, images.labels.cpu()) else images.sha256()
 
 
 def _load_images(trained: Trained, split: Literal["train", "test"], options: SourceOptions) -> ImageSet:

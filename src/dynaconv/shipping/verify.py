@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dynaconv.data import cifar10, folders, tables
-from dynaconv.data.decoding import decode_picture
+from dynaconv.data.decoding import decode_picture, resize
 from dynaconv.data.digits import find_digits
 from dynaconv.data.pictures import LabelledPictures, Notify, Splits, choose_test_fifth
 from dynaconv.errors import UserError, WorkError
@@ -217,6 +217,8 @@ def _decode(found: LabelledPictures, chosen: npt.NDArray[np.int64], classifier: 
         pixels = found.pictures[chosen]
         if pixels.shape[3] == 1 and channels == 3:
             pixels = pixels.repeat(3, axis=3)  # grey as training makes it colour
+        if pixels.shape[3] == channels and pixels.shape[1:3] != (side, side):
+            pixels = np.stack([resize(each, side) for each in pixels])
         if pixels.shape[1:] != (side, side, channels):
             raise UserError(f"{found.description} holds arrays of {pixels.shape[1:]}, not {(side, side, channels)}.")
         return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))

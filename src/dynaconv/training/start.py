@@ -12,7 +12,7 @@ from dynaconv.data.augment import normalize, to_tensor
 from dynaconv.data.batches import Batches
 from dynaconv.data.exclusions import read_exclusions
 from dynaconv.data.images import ImageSet
-from dynaconv.data.sources import load_images, options_of, resolve
+from dynaconv.data.sources import load_images, load_in_own_form, options_of, resolve
 from dynaconv.data.split import Split, split_stratified
 from dynaconv.errors import UserError
 from dynaconv.model.network import Network, build_network
@@ -56,7 +56,9 @@ def load_training_data(recipe: Recipe, device: torch.device, say: Callable[[str]
         images.labels, recipe.data.validation_fraction, recipe.data.split_seed, recipe.data.max_train_images
     )
     if recipe.data.without is not None:
-        left_out = read_exclusions(Path(recipe.data.without), images)
+        left_out = read_exclusions(
+            Path(recipe.data.without), images, lambda: load_in_own_form(source, "train", options)
+        )
         kept = split.train[~torch.isin(split.train, left_out)]
         say(f"Left out: {len(split.train) - len(kept)} of {len(split.train)} training images ({recipe.data.without}).")
         split = dataclasses.replace(split, train=kept)
