@@ -95,7 +95,7 @@ def fast96() -> Recipe:
     H100 with `--compile`: 95.78% by six views in the mean of 2 seeds, 19 seconds each, warmed up (race-96.json). All
     pictures are resized to 40 pixels: give larger ones an `--image-size` of their own.
     """
-    # 40 pixels: after some 30 epochs an hour buys more by larger images than by more epochs of 32 (docs/log.md).
+    # 27 epochs at 30 and 40 pixels reached more in an hour than 48 at 16 to 32 did (docs/log.md).
     return with_settings(
         replace(fast94(), name="fast96"),
         image_size=40,
