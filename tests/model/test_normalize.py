@@ -49,7 +49,7 @@ def test_as_torch_in_double_precision(shape, activation, memory_format):
     found = run(maps, make_norm(shape[1]), activation, precise=False)
     expected = run(maps, make_norm(shape[1]), activation, precise=True)
     assert [distance(*pair) for pair in zip(found, expected, strict=True)] == pytest.approx([0] * 6, abs=1e-2)
-    if activation in CODES:  # all but the rounding of the maps is float32
+    if activation in CODES and maps[:, 0].numel() > 2:  # all but the rounding of the maps is float32
         assert max(distance(*pair) for pair in zip(found[2:], expected[2:], strict=True)) < 1e-4
 
 

@@ -78,7 +78,9 @@ class Block(nn.Module):
         """
         if averages is None:
             inputs, averages = average_beside(inputs, self.pool)
-        weights = self.weigh(averages.flatten(1))
+            weights = self.weigh(averages.flatten(1))
+        else:
+            weights = apply_precisely(self.weigh, averages)
         kernels = list(self.kernels)
         outputs = kernels[0].shape[0]
         form = self.form_for(inputs)
@@ -144,8 +146,12 @@ class Backbone(nn.Module):
 
     def forward(self, inputs: torch.Tensor) -> torch.Tensor:
         """Maps (N, C, H, W) to (N, last width, H / 2**P, W / 2**P) after P poolings; sizes are rounded down."""
+        return self.run_with_averages(inputs)[0]
+
+    def run_with_averages(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Returns what `forward` does, and its averages, (N, C, 1, 1) float32, if they were taken on the way."""
         maps, averages = self._run_stem(inputs)
-        return self.run_blocks(maps, 0, len(self.blocks), averages)
+        return self._run_blocks(maps, 0, len(self.blocks), averages)
 
     def block(self, place: int) -> Block:
         """Returns block number `place`, from 0."""
@@ -160,10 +166,13 @@ class Backbone(nn.Module):
             return images, None
         return whiten_and_activate(self.stem, images, self.activation, self.activate)
 
-    def run_blocks(
+    def run_blocks(self, maps: torch.Tensor, start: int, stop: int) -> torch.Tensor:
+        """Runs blocks number `start` to `stop` - 1, from 0, and what follows each."""
+        return self._run_blocks(maps, start, stop)[0]
+
+    def _run_blocks(
         self, maps: torch.Tensor, start: int, stop: int, averages: torch.Tensor | None = None
-    ) -> torch.Tensor:
-        """Runs blocks number `start` to `stop` - 1, from 0, and what follows each; `averages` are those of the maps."""
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
         layers = list(zip(self.blocks, self.pools, self.norms, strict=True))
         for block, pool, norm in layers[start:stop]:
             if not isinstance(block, Block):
@@ -175,7 +184,7 @@ class Backbone(nn.Module):
                 maps = pool_maps(pool, block(maps, averages=averages))
             norm = cast("nn.BatchNorm2d", norm)
             maps, averages = normalize_and_activate(norm, maps, self.activation, self.activate)
-        return maps
+        return maps, averages
 
 
 class Classifier(nn.Sequential):
@@ -191,6 +200,15 @@ class Classifier(nn.Sequential):
         return cast("nn.Linear", self[2])
 
 
+def apply_precisely(layer: nn.Linear, averages: torch.Tensor) -> torch.Tensor:
+    """Maps (N, C, 1, 1) float32 averages on the CPU to (N, outputs) float32, whatever the precision of all else.
+
+    A layer of so few outputs takes torch twice as long in bfloat16.
+    """
+    with torch.autocast("cpu", enabled=False):
+        return layer(averages.flatten(1).to(layer.weight.dtype))
+
+
 class Network(nn.Module):
     """Backbone and classifier: normalised images to logits."""
 
@@ -202,7 +220,9 @@ class Network(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Maps normalised images, (N, C, H, W) float, to logits, (N, num_classes) float."""
-        return self.classifier(self.backbone(images))
+        maps, averages = self.backbone.run_with_averages(images)
+        # Torch takes as long for averages over maps of bfloat16, and the way back, as for a whole block.
+        return self.classifier(maps) if averages is None else apply_precisely(self.classifier.linear, averages)
 
 
 def build_network(

@@ -47,10 +47,12 @@ def normalize_and_activate(
     Returns:
         The maps, and their (N, C, 1, 1) float32 averages, None where it is not compiled.
     """
-    places = maps.numel() // maps.shape[1]
     fixed = torch.is_grad_enabled() and maps.requires_grad and not norm.training
-    usual = activation in CODES and places > 1 and norm.weight.dtype == torch.float32
+    usual = activation in CODES and norm.weight.dtype == torch.float32
     if fixed or not usual or not compiled.computes(maps):
+        return activate(normalize_maps(norm, maps)), None
+    places = maps.numel() // maps.shape[1]
+    if places <= 2:  # two numbers become -1 and 1 whatever they are: all of a gradient but its rounding is taken off
         return activate(normalize_maps(norm, maps)), None
     maps = maps.to(torch.bfloat16).contiguous(memory_format=torch.channels_last)
     if norm.training:

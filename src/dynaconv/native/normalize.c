@@ -17,6 +17,7 @@ typedef struct {
     int64_t images, places, channels;  // places of each image
     const float *shift, *inverse, *gain, *offset;
     const float *every;  // (images, C), added to the gradient at every place; or none
+    bf16 *behind;        // where the gradient behind the activation is kept
 } Sums;
 
 ALWAYS void sum_block(const Sums *in, int64_t image, int64_t first, int64_t last, int64_t c, __mmask16 mask, float *sum,
@@ -28,12 +29,16 @@ ALWAYS void sum_block(const Sums *in, int64_t image, int64_t first, int64_t last
         inverse = _mm512_maskz_loadu_ps(mask, in->inverse + c), gain = _mm512_maskz_loadu_ps(mask, in->gain + c);
         offset = _mm512_maskz_loadu_ps(mask, in->offset + c);
     }
-    for (int64_t place = image * in->places + first; place < image * in->places + last; place++) {
-        __m512 x = _mm512_sub_ps(load(in->x + place * in->channels + c, mask), shift);
-        if (in->gradient) {
+    int64_t stop = (image * in->places + last) * in->channels + c, step = in->channels;
+    const bf16 *maps = in->x, *gradient = in->gradient;
+    bf16 *behind = in->behind;
+    for (int64_t at = (image * in->places + first) * step + c; at < stop; at += step) {
+        __m512 x = _mm512_sub_ps(load(maps + at, mask), shift);
+        if (gradient) {
             x = _mm512_mul_ps(x, inverse);
-            __m512 g = _mm512_add_ps(every, load(in->gradient + place * in->channels + c, mask));
+            __m512 g = _mm512_add_ps(every, load(gradient + at, mask));
             g = activate_back(_mm512_fmadd_ps(gain, x, offset), g, activation);
+            store(behind + at, g, mask);
             a = _mm512_add_ps(a, g), b = _mm512_fmadd_ps(g, x, b);
         } else {
             a = _mm512_add_ps(a, x), b = _mm512_fmadd_ps(x, x, b);
@@ -79,7 +84,7 @@ int dynaconv_moments(const bf16 *x, int64_t places, int64_t channels, float *mea
         __mmask16 mask = lanes_left(channels - c);
         _mm512_mask_storeu_ps(shift + c, mask, load(x + c, mask));
     }
-    Sums in = {x, NULL, 1, places, channels, shift, NULL, NULL, NULL, NULL};
+    Sums in = {x, NULL, 1, places, channels, shift, NULL, NULL, NULL, NULL, NULL};
     int failed = sum_places(&in, 0, sums, threads);
     for (int64_t c = 0; c < channels; c++) {
         float from_shift = sums[c] / (float)places;
@@ -123,42 +128,48 @@ void dynaconv_normalize(const bf16 *x, int64_t images, int64_t places, int64_t c
     }
 }
 
-ALWAYS void write_back(const Sums *in, int64_t place, const float *every, const float *sums, float share, bf16 *dx,
-                       const int activation) {
-    for (int64_t c = 0; c < in->channels; c += LANES) {
-        __mmask16 mask = lanes_left(in->channels - c);
-        int64_t at = place * in->channels + c;
-        __m512 inverse = _mm512_maskz_loadu_ps(mask, in->inverse + c), gain = _mm512_maskz_loadu_ps(mask, in->gain + c);
-        __m512 xhat = _mm512_sub_ps(load(in->x + at, mask), _mm512_maskz_loadu_ps(mask, in->shift + c));
-        xhat = _mm512_mul_ps(xhat, inverse);
-        __m512 z = _mm512_fmadd_ps(gain, xhat, _mm512_maskz_loadu_ps(mask, in->offset + c));
-        __m512 g = load(in->gradient + at, mask);
-        if (every) g = _mm512_add_ps(g, _mm512_maskz_loadu_ps(mask, every + c));
-        g = activate_back(z, g, activation);
-        __m512 each = _mm512_set1_ps(share);
-        g = _mm512_fnmadd_ps(each, _mm512_maskz_loadu_ps(mask, sums + c), g);
-        __m512 along = _mm512_mul_ps(each, _mm512_maskz_loadu_ps(mask, sums + in->channels + c));
-        g = _mm512_fnmadd_ps(along, xhat, g);
-        store(dx + at, _mm512_mul_ps(g, _mm512_mul_ps(gain, inverse)), mask);
+// What the gradient towards x is made of, for each channel: dx = factor * g + along * (x - mean) + constant, with g the
+// gradient behind the activation.
+typedef struct {
+    const float *mean;
+    float *factor, *along, *constant;
+} Line;
+
+static void write_back(const bf16 *x, const Line *line, int64_t channels, bf16 *g) {
+    for (int64_t c = 0; c < channels; c += LANES) {
+        __mmask16 mask = lanes_left(channels - c);
+        __m512 centred = _mm512_sub_ps(load(x + c, mask), _mm512_maskz_loadu_ps(mask, line->mean + c));
+        __m512 sum = _mm512_maskz_loadu_ps(mask, line->constant + c);
+        sum = _mm512_fmadd_ps(centred, _mm512_maskz_loadu_ps(mask, line->along + c), sum);
+        sum = _mm512_fmadd_ps(load(g + c, mask), _mm512_maskz_loadu_ps(mask, line->factor + c), sum);
+        store(g + c, sum, mask);
     }
 }
 
 // The gradients of normalising with the moments of x itself: towards x; and sums, (2, C), towards offset and gain.
 // `inverse` is one over the spread; `every`, (images, C) or none, is added to dy at every place.
+// The first pass leaves the gradient behind the activation in dx, so that the second need not compute it again.
 // Returns 0, or 1 where memory is short.
 int dynaconv_normalize_gradients(const bf16 *x, const bf16 *dy, const float *every, int64_t images, int64_t places,
                                  int64_t channels, const float *mean, const float *inverse, const float *gain,
                                  const float *offset, int activation, bf16 *dx, float *sums, int threads) {
-    Sums in = {x, dy, images, places, channels, mean, inverse, gain, offset, every};
+    Sums in = {x, dy, images, places, channels, mean, inverse, gain, offset, every, dx};
     if (!every) in.images = 1, in.places = images * places;  // nothing tells them apart
-    if (sum_places(&in, activation, sums, threads)) return 1;
-    float share = 1.0f / (float)(images * places);
+    float *space = zeros(3 * channels);
+    if (!space) return 1;
+    Line line = {mean, space, space + channels, space + 2 * channels};
+    int failed = sum_places(&in, activation, sums, threads);
+    if (!failed) {
+        float share = 1.0f / (float)(images * places);
+        for (int64_t c = 0; c < channels; c++) {
+            line.factor[c] = gain[c] * inverse[c];
+            line.along[c] = -line.factor[c] * share * sums[channels + c] * inverse[c];
+            line.constant[c] = -line.factor[c] * share * sums[c];
+        }
 #pragma omp parallel for num_threads(threads) schedule(static)
-    for (int64_t place = 0; place < images * places; place++) {
-        const float *mine = every ? every + place / places * channels : NULL;
-#define CALL(f) write_back(&in, place, mine, sums, share, dx, f)
-        FOR_ACTIVATION(activation, CALL)
-#undef CALL
+        for (int64_t place = 0; place < images * places; place++)
+            write_back(x + place * channels, &line, channels, dx + place * channels);
     }
-    return 0;
+    free(space);
+    return failed;
 }

@@ -105,9 +105,9 @@ ALWAYS void finish_image(const float *sums, const Shape *s, int64_t image, int64
     for (int64_t j = 0; j < count; j++) {
         if (places[j] < 0) continue;
         if (rest->gain)
-            values[j] = activate(_mm512_fmadd_ps(values[j], _mm512_maskz_loadu_ps(mask, rest->gain + o),
-                                                 _mm512_maskz_loadu_ps(mask, rest->offset + o)),
-                                 activation);
+            values[j] = activate_precisely(_mm512_fmadd_ps(values[j], _mm512_maskz_loadu_ps(mask, rest->gain + o),
+                                                           _mm512_maskz_loadu_ps(mask, rest->offset + o)),
+                                           activation);
         _mm512_mask_storeu_ps(rest->to + places[j] * s->outputs + o, mask, values[j]);
     }
 }
