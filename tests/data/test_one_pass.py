@@ -7,7 +7,7 @@ import torch
 
 from dynaconv import native
 from dynaconv.data import one_pass
-from dynaconv.data.augment import PADDING, affine, augment, cut_out, draw, inverse_maps, recolour
+from dynaconv.data.augment import PADDING, affine, augment, cut_out, draw, inverse_maps, recolour, shift, to_tensor
 from dynaconv.recipe import AugmentSettings, Recipe, with_settings
 
 COUNT = 24
@@ -193,3 +193,49 @@ def test_without_a_library_all_goes_through_torch(monkeypatch):
     assert torch.equal(augment(images, settings, draws), expected)
     with pytest.raises(ValueError, match="need torch's functions"):
         one_pass.transform(images, settings, inverse_maps(draws, 32, 32), torch.ones(COUNT, 4))
+
+
+@needs_library
+@pytest.mark.parametrize("fill", PADDING)
+@pytest.mark.parametrize(("channels", "height", "width"), [(3, 32, 32), (1, 28, 28), (3, 7, 45), (2, 33, 4)])
+def test_bytes_are_shifted_as_torch_shifts_numbers(fill, channels, height, width):
+    settings = with_settings(PLAIN, translate=0.5, flip=0.5, interpolation="nearest", fill=fill).augment
+    pixels = torch.randint(256, (COUNT, channels, height, width), generator=torch.Generator().manual_seed(0)).byte()
+    draws = draw(settings, COUNT, torch.Generator().manual_seed(1))
+    assert one_pass.shifts(pixels)
+    assert not one_pass.shifts(to_tensor(pixels))
+    found = augment(pixels, settings, draws)
+    assert torch.equal(found, shift(to_tensor(pixels), draws, fill))
+    assert not torch.equal(found, to_tensor(pixels))
+    turned = pixels.permute(0, 1, 3, 2).contiguous().permute(0, 1, 3, 2)  # the same images, columns first in memory
+    assert torch.equal(augment(turned, settings, draws), found)
+
+
+def test_without_the_library_bytes_are_shifted_by_torch(monkeypatch):
+    settings = with_settings(PLAIN, translate=0.2, flip=0.5, interpolation="nearest").augment
+    pixels = torch.randint(256, (COUNT, 3, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
+    draws = draw(settings, COUNT, torch.Generator().manual_seed(1))
+    found = augment(pixels, settings, draws)
+    monkeypatch.setattr(native, "library", lambda: None)
+    assert not one_pass.shifts(pixels)
+    assert torch.equal(augment(pixels, settings, draws), found)
+
+
+def test_bytes_that_stay_where_they_are_become_numbers():
+    pixels = torch.randint(256, (COUNT, 3, 8, 8), generator=torch.Generator().manual_seed(0)).byte()
+    draws = draw(PLAIN.augment, COUNT, torch.Generator())
+    assert torch.equal(augment(pixels, PLAIN.augment, draws), to_tensor(pixels))
+
+
+@needs_library
+def test_no_pixel_is_read_outside_its_image():
+    pixels, inside = torch.zeros(2, 3, 4, 5, dtype=torch.uint8), (torch.zeros(2, 4), torch.zeros(2, 5))
+    assert one_pass.shift(pixels, *inside).shape == (2, 3, 4, 5)
+    assert one_pass.shift(pixels[:0], inside[0][:0], inside[1][:0]).shape == (0, 3, 4, 5)
+    for rows, columns in ((inside[0] + 4, inside[1]), (inside[0], inside[1] + 5)):
+        with pytest.raises(ValueError, match="outside its image"):
+            one_pass.shift(pixels, rows, columns)
+    with pytest.raises(ValueError, match="as many rows and columns"):
+        one_pass.shift(pixels, inside[0][:1], inside[1])
+    with pytest.raises(ValueError, match="torch's functions"):
+        one_pass.shift(pixels.float(), *inside)

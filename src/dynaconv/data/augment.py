@@ -50,6 +50,11 @@ class Draws:
         """Returns the parameters of the images at `indices`, (M,) int64."""
         return Draws(**{f.name: getattr(self, f.name)[indices] for f in fields(self)})
 
+    def split(self, counts: list[int]) -> "list[Draws]":
+        """Returns the parameters of `counts` images in a row each."""
+        columns = (getattr(self, f.name).split(counts) for f in fields(self))
+        return [Draws(*parts) for parts in zip(*columns, strict=True)]
+
     def to(self, device: torch.device) -> "Draws":
         """Returns the same parameters on `device`."""
         return Draws(**{f.name: getattr(self, f.name).to(device) for f in fields(self)})
@@ -87,7 +92,7 @@ def to_tensor(images: torch.Tensor) -> torch.Tensor:
 
 def normalize(images: torch.Tensor, settings: AugmentSettings) -> torch.Tensor:
     """Subtracts the mean and divides by the standard deviation of the settings: (0.5, 0.5) maps [0, 1] to [-1, 1]."""
-    return (images - settings.normalize_mean) / settings.normalize_std
+    return (images - settings.normalize_mean).div_(settings.normalize_std)
 
 
 def augment(images: torch.Tensor, settings: AugmentSettings, draws: Draws) -> torch.Tensor:
@@ -98,13 +103,16 @@ def augment(images: torch.Tensor, settings: AugmentSettings, draws: Draws) -> to
     would apply one order to a whole batch, which makes the images of a batch depend on each other.
 
     Args:
-        images: (N, C, H, W) float, 0 to 1; C is 1 or 3. On the device of `draws`.
+        images: (N, C, H, W) uint8, 0 to 255, or float, 0 to 1; C is 1 or 3. On the device of `draws`.
         settings: Which transforms are on.
         draws: One set of parameters per image.
 
     Returns:
         (N, C, H, W) float, 0 to 1.
     """
+    copies = not one_pass.resamples(settings) and bool(settings.translate or settings.flip)
+    if images.dtype == torch.uint8 and not (copies and one_pass.shifts(images)):
+        images = to_tensor(images)
     if one_pass.fits(images, settings):
         maps = inverse_maps(draws, *images.shape[2:])
         colours = torch.stack([draws.brightness, draws.contrast, draws.saturation, draws.hue], dim=1)
@@ -112,7 +120,9 @@ def augment(images: torch.Tensor, settings: AugmentSettings, draws: Draws) -> to
     else:
         if one_pass.resamples(settings):
             images = affine(images, draws, settings.interpolation, settings.fill)
-        elif settings.translate or settings.flip:
+        elif copies and images.dtype == torch.uint8:
+            images = one_pass.shift(images, *_sources(images, draws, settings.fill))
+        elif copies:
             images = shift(images, draws, settings.fill)
         images = recolour(images, settings, draws)
     if settings.cutout:
@@ -181,23 +191,31 @@ def shift(images: torch.Tensor, draws: Draws, fill: str = "reflection") -> torch
         (N, C, H, W): copies of the pixels.
     """
     height, width = images.shape[2:]
-    rows, columns = _sources(height, draws.shift_y), _sources(width, draws.shift_x)
+    rows, columns = _sources(images, draws, fill)
+    places = (rows[:, :, None] * width + columns[:, None, :]).flatten(1).clamp_min(0)
+    shifted = images.flatten(2).gather(2, places[:, None].expand(-1, images.shape[1], -1)).unflatten(2, (height, width))
+    outside = (rows < 0)[:, None, :, None] | (columns < 0)[:, None, None, :]
+    return shifted.masked_fill_(outside, 0) if fill == "black" else shifted
+
+
+def _sources(images: torch.Tensor, draws: Draws, fill: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Returns the rows, (N, H), and columns, (N, W) int64, that `shift` reads: -1 for what is black."""
+    height, width = images.shape[2:]
+    columns = _along(width, draws.shift_x)
     columns = torch.where(draws.mirror[:, None] < 0, width - 1 - columns, columns)
-    inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None, :]
-    rows, columns = _brought_inside(rows, height, fill), _brought_inside(columns, width, fill)
-    places = (rows[:, :, None] * width + columns[:, None, :]).flatten(1)[:, None].expand(-1, images.shape[1], -1)
-    shifted = images.flatten(2).gather(2, places).unflatten(2, (height, width))
-    return shifted.masked_fill_(~inside[:, None], 0) if fill == "black" else shifted
+    return _brought_inside(_along(height, draws.shift_y), height, fill), _brought_inside(columns, width, fill)
 
 
-def _sources(length: int, shares: torch.Tensor) -> torch.Tensor:
+def _along(length: int, shares: torch.Tensor) -> torch.Tensor:
     """Returns where each place of an axis is read, (N, length) int64, after a shift by (N,) shares of its length."""
     return torch.arange(length, device=shares.device) - (shares * length).round().long()[:, None]
 
 
 def _brought_inside(places: torch.Tensor, length: int, fill: str) -> torch.Tensor:
-    """Replaces places outside 0 to length - 1 by those that they repeat."""
-    if fill != "reflection":
+    """Replaces places outside 0 to length - 1 by those that they repeat, or by -1."""
+    if fill == "black":
+        return places.masked_fill((places < 0) | (places >= length), -1)
+    if fill == "border":
         return places.clamp(0, length - 1)
     # The mirror stands at the edge of the last pixel, which is therefore seen twice, as with grid_sample.
     around = places.remainder(2 * length)

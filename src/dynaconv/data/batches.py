@@ -65,13 +65,17 @@ class Batches:
             if self.settings.alternate_flip:
                 first = draw(self.settings, len(self.images), epoch_generator(self.seed, -1)).mirror
                 draws = replace(draws, mirror=first if self.epoch % 2 == 0 else -first)
-            draws = draws.to(device)
+            draws = draws.at(order).to(device)
             side = self.sizes[self.epoch] if self.sizes else side
             self.epoch += 1
-        for indices in order.to(device).split(self._sizes()):
-            batch, labels = to_tensor(self.images.images[indices]), self.images.labels[indices]
-            if draws is not None:
-                drawn = draws.at(indices)
+        sizes = self._sizes()
+        each = [None] * len(sizes) if draws is None else draws.split(sizes)
+        for indices, drawn in zip(order.to(device).split(sizes), each, strict=True):
+            # Whole images at a time: by an index torch copies byte after byte.
+            batch, labels = self.images.images.index_select(0, indices), self.images.labels[indices]
+            if drawn is None:
+                batch = to_tensor(batch)
+            else:
                 batch = augment(batch, self.settings, drawn)
                 if self.settings.cutmix:
                     batch, labels = cut_mix(batch, labels, drawn, len(self.images.classes))

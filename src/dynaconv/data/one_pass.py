@@ -1,4 +1,7 @@
-"""RandomAffine and ColorJitter in C, in one pass over each image: what `augment` does to whole batches in many."""
+"""RandomAffine and ColorJitter in C, in one pass over each image: what `augment` does to whole batches in many.
+
+Without turn and zoom all that RandomAffine does is to copy pixels, which is done while bytes become numbers.
+"""
 
 import ctypes
 from typing import cast
@@ -31,6 +34,45 @@ def fits(images: torch.Tensor, settings: AugmentSettings) -> bool:
     suits = images.device.type == "cpu" and images.dtype == torch.float32 and images.shape[1] in (1, 3)
     followed = (torch.is_grad_enabled() and images.requires_grad) or torch.compiler.is_compiling()
     return suits and not followed and serves(settings) and native.library() is not None
+
+
+def shifts(images: torch.Tensor) -> bool:
+    """Tells whether `shift` can take these (N, C, H, W) images here: bytes on a CPU that it is written for."""
+    suits = images.device.type == "cpu" and images.dtype == torch.uint8
+    return suits and not torch.compiler.is_compiling() and native.library() is not None
+
+
+def shift(images: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
+    """Copies pixels of each image to other places of it.
+
+    Args:
+        images: (N, C, H, W) uint8, 0 to 255, for which `shifts` holds.
+        rows: (N, H) integers on the CPU: the row, 0 to H - 1, that each row of the result is read from; negative for 0.
+        columns: (N, W) likewise.
+
+    Returns:
+        (N, C, H, W) float32, 0 to 1.
+
+    Raises:
+        ValueError: the arguments do not fit together, or `shifts` does not hold.
+    """
+    count, _, height, width = images.shape
+    sources = ((rows, height), (columns, width))
+    if any(places.shape != (count, length) or places.device.type != "cpu" for places, length in sources):
+        raise ValueError(f"{count} images need as many rows and columns on the CPU, received {len(rows)}")
+    if not shifts(images):
+        raise ValueError("these images need torch's functions")
+    if any(places.numel() and places.max() >= length for places, length in sources):
+        raise ValueError("a pixel cannot be read outside its image")
+    images, rows, columns = images.contiguous(), rows.int().contiguous(), columns.int().contiguous()
+    result = torch.empty(images.shape, dtype=torch.float32, device="cpu")
+    cast("ctypes.CDLL", native.library()).dynaconv_shift(
+        images.data_ptr(),
+        *images.shape,
+        *(each.data_ptr() for each in (rows, columns, result)),
+        torch.get_num_threads(),
+    )
+    return result
 
 
 def transform(

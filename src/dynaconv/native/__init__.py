@@ -27,7 +27,7 @@ from dynaconv.folders import cache_folder
 SOURCES = (
     *("direct.c", "direct_gradients.c", "direct_mix.c", "direct_mix_gradients.c", "precise.c"),
     *("tile2.c", "tile4.c", "products.c"),
-    *("maps.c", "normalize.c", "stem.c", "transforms.c"),
+    *("maps.c", "normalize.c", "shift.c", "stem.c", "transforms.c"),
 )
 HEADERS = (
     *("matrix.h", "windows.h", "finish.h", "maps.h", "activation.h"),
@@ -207,6 +207,8 @@ def _load(path: Path) -> ctypes.CDLL:
     loaded.dynaconv_whiten.restype = None
     loaded.dynaconv_transform.argtypes = [pointer, ctypes.POINTER(Transforms), *[pointer] * 4, threads]
     loaded.dynaconv_transform.restype = None
+    loaded.dynaconv_shift.argtypes = [pointer, *[number] * 4, *[pointer] * 3, threads]
+    loaded.dynaconv_shift.restype = None
     return loaded
 
 
