@@ -1,5 +1,6 @@
 """The training loop: averages, accumulation, evaluation without gradients, divergence."""
 
+import gc
 import math
 
 import pytest
@@ -197,3 +198,24 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory():
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     with pytest.raises(RuntimeError, match="shapes"):
         training_epoch(model, cut(images, labels, 12), nn.CrossEntropyLoss(), optimizer, CPU)
+
+
+@pytest.mark.parametrize("frozen_before", [False, True])
+def test_what_was_there_before_an_epoch_is_not_looked_through_for_garbage(frozen_before):
+    model, (images, labels) = make_model(), make_images(8)
+    optimizer, seen = torch.optim.SGD(model.parameters(), lr=0.1), []
+    state = EpochState(Sums(CPU), after_update=lambda: seen.append(gc.get_freeze_count()))
+    if frozen_before:
+        gc.freeze()
+    try:
+        before = gc.get_freeze_count()
+        training_epoch(model, cut(images, labels, 4), nn.CrossEntropyLoss(), optimizer, CPU, state=state)
+        assert min(seen) > 1000
+        assert gc.get_freeze_count() == before
+        images[5] = math.nan
+        with pytest.raises(DivergedError):
+            training_epoch(model, cut(images, labels, 4), nn.CrossEntropyLoss(), optimizer, CPU)
+        assert gc.get_freeze_count() == before
+        assert gc.isenabled()
+    finally:
+        gc.unfreeze()

@@ -14,7 +14,7 @@ def test_orthogonalize_evens_out_the_singular_values_and_keeps_their_directions(
     left, _ = torch.linalg.qr(torch.randn(shape[0], shape[1], min(shape[1:]), generator=generator).double())
     right, _ = torch.linalg.qr(torch.randn(shape[0], shape[2], min(shape[1:]), generator=generator).double())
     values = torch.linspace(1, 10, min(shape[1:])).double()
-    result = orthogonalize(left * values @ right.mT, iterations=5)
+    result = torch.stack(orthogonalize(list(left * values @ right.mT), iterations=5))
     middle = left.mT @ result @ right
     assert torch.diagonal(middle, dim1=1, dim2=2).min() > 0.6
     assert torch.linalg.svdvals(result).max() < 1.3
@@ -24,14 +24,22 @@ def test_orthogonalize_evens_out_the_singular_values_and_keeps_their_directions(
 @pytest.mark.parametrize("shape", [(1, 64, 216), (2, 256, 576)])
 def test_orthogonalize_in_bfloat16_is_as_good(shape):
     matrices = torch.randn(shape, generator=torch.Generator().manual_seed(0))
-    exact = orthogonalize(matrices.double())
+    exact = torch.stack(orthogonalize(list(matrices.double())))
     with torch.autocast("cpu", torch.bfloat16):
-        rounded = orthogonalize(matrices)
+        rounded = torch.stack(orthogonalize(list(matrices)))
     assert (rounded - exact).norm() < 0.03 * exact.norm()
 
 
+def test_matrices_of_several_shapes_are_each_what_they_are_alone():
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(5, 40), (40, 5), (5, 5), (8, 40), (5, 40)]  # all but one of a side of 5, once upright
+    matrices = [torch.randn(shape, generator=generator) for shape in shapes]
+    for together, matrix in zip(orthogonalize(matrices), matrices, strict=True):
+        torch.testing.assert_close(together, orthogonalize([matrix])[0])
+
+
 def test_orthogonalize_of_nothing_is_nothing():
-    assert orthogonalize(torch.zeros(2, 3, 4)).abs().max() == 0
+    assert orthogonalize([torch.zeros(3, 4)])[0].abs().max() == 0
 
 
 def make_model():

@@ -99,15 +99,10 @@ class Muon(torch.optim.Optimizer):
         torch._foreach_mul_(running, momentum)
         torch._foreach_add_(running, list(gradients))
         steps = torch._foreach_add(list(gradients), running, alpha=momentum)
-        # Matrices of one shape go through the iterations together.
-        by_shape: dict[tuple[int, int], list[int]] = {}
-        for place, kernel in enumerate(kernels):
-            by_shape.setdefault((kernel.shape[0], kernel[0].numel()), []).append(place)
-        updates = list(steps)
-        for places in by_shape.values():
-            matrices = orthogonalize(torch.stack([steps[place].flatten(1) for place in places]))
-            for place, matrix in zip(places, matrices, strict=True):
-                updates[place] = matrix.view_as(kernels[place])
+        updates = [
+            matrix.view_as(kernel)
+            for matrix, kernel in zip(orthogonalize([step.flatten(1) for step in steps]), kernels, strict=True)
+        ]
         scales = torch._foreach_norm(kernels)
         torch._foreach_add_(scales, 1e-7)
         torch._foreach_reciprocal_(scales)
@@ -141,29 +136,60 @@ def _tensors(state: dict[str, Any]) -> list[torch.Tensor]:
     return [value for value in state.values() if isinstance(value, torch.Tensor)]
 
 
-def orthogonalize(matrices: torch.Tensor, iterations: int = 3) -> torch.Tensor:
-    """Brings the singular values of every matrix, (B, M, N), near one, and keeps its singular vectors.
+def orthogonalize(matrices: Sequence[torch.Tensor], iterations: int = 3) -> list[torch.Tensor]:
+    """Brings the singular values of every matrix, (M, N), near one, and keeps its singular vectors.
 
     Three iterations leave the values between about 0.3 and 1.2, which serves an optimiser as well as one. Each takes X
     to (a + b X X' + c (X X')^2) X, so that all of them together are a polynomial of the first X X', a small square
-    matrix, and there are but two large products. All run in the lower precision under autocast.
+    matrix, and there are but two large products. Those squares of all matrices that are of one size go through the
+    iterations together. All run in the lower precision under autocast.
+
+    Args:
+        matrices: At least one, all of one dtype and on one device; of several shapes.
+        iterations: At least 1.
     """
-    device = matrices.device.type
-    precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else matrices.dtype
-    tall = matrices.shape[1] > matrices.shape[2]
-    start = (matrices / (matrices.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(precision)
-    start = start.mT if tall else start
-    first, third, fifth = QUINTIC
+    device = matrices[0].device.type
+    precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else matrices[0].dtype
+    by_shape: dict[torch.Size, list[int]] = {}
+    for place, matrix in enumerate(matrices):
+        by_shape.setdefault(matrix.shape, []).append(place)
+    by_side: dict[int, list[torch.Size]] = {}
+    for shape in by_shape:
+        by_side.setdefault(min(shape), []).append(shape)
+    results = list(matrices)
     with torch.autocast(device, enabled=False):
-        gram = start @ start.mT
-        polynomial = None
-        for left in reversed(range(iterations)):
-            factor = torch.baddbmm(gram, gram, gram, beta=third, alpha=fifth)
-            factor.diagonal(dim1=1, dim2=2).add_(first)
-            polynomial = factor if polynomial is None else factor @ polynomial
-            gram = factor @ gram @ factor if left else gram
-        result = start if polynomial is None else polynomial @ start
-    return (result.mT if tall else result).to(matrices.dtype)
+        for shapes in by_side.values():
+            starts = [_wide(torch.stack([matrices[place] for place in by_shape[shape]])) for shape in shapes]
+            starts = [(each / (each.norm(dim=(1, 2), keepdim=True) + 1e-7)).to(precision) for each in starts]
+            polynomials = _polynomials(torch.cat([each @ each.mT for each in starts]), iterations)
+            parts = polynomials.split([len(each) for each in starts])
+            for shape, start, polynomial in zip(shapes, starts, parts, strict=True):
+                found = (polynomial @ start).to(matrices[0].dtype)
+                for place, matrix in zip(by_shape[shape], found, strict=True):
+                    results[place] = matrix if matrix.shape == shape else matrix.mT
+    return results
+
+
+def _wide(matrices: torch.Tensor) -> torch.Tensor:
+    return matrices.mT if matrices.shape[1] > matrices.shape[2] else matrices
+
+
+def _polynomials(squares: torch.Tensor, iterations: int) -> torch.Tensor:
+    """Returns what takes X to the result of that many iterations, for each X X' of (B, M, M)."""
+    factor = whole = _factors(squares)
+    for _ in range(iterations - 1):
+        squares = factor @ squares @ factor
+        factor = _factors(squares)
+        whole = factor @ whole
+    return whole
+
+
+def _factors(squares: torch.Tensor) -> torch.Tensor:
+    """Returns what one iteration multiplies each X by: a + b X X' + c (X X')^2."""
+    first, third, fifth = QUINTIC
+    factors = torch.baddbmm(squares, squares, squares, beta=third, alpha=fifth)
+    factors.diagonal(dim1=1, dim2=2).add_(first)
+    return factors
 
 
 def build_optimizer(model: nn.Module, settings: OptimSettings) -> torch.optim.Optimizer:
