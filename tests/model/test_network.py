@@ -153,3 +153,13 @@ def test_bfloat16_gives_the_loss_and_gradients_of_float32_within_its_digits(name
         gradients.append(torch.cat([parameter.grad.flatten() for parameter in model.parameters()]))
     assert losses[1] == pytest.approx(losses[0], rel=2e-2)
     assert torch.cosine_similarity(*gradients, dim=0) > 0.95
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+def test_who_hooks_onto_backbone_or_classifier_is_called(precision):
+    model, seen = build_network(SMALL, 3, 5, 8, seed=0), []
+    for part in (model.backbone, model.classifier):
+        part.register_forward_hook(lambda part, inputs, output: seen.append(output.shape))
+    with torch.autocast("cpu", precision, enabled=precision == torch.bfloat16):
+        model(torch.randn(2, 3, 8, 8))
+    assert seen == [(2, 6, 2, 2), (2, 5)]

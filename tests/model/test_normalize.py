@@ -11,6 +11,8 @@ needs_library = pytest.mark.skipif(native.library() is None, reason=f"no compile
 
 CASES = [(4, 16, 8, 8), (7, 37, 5, 3), (300, 64, 4, 4), (2, 8, 1, 1), (1, 3, 33, 9)]
 
+LARGE = (2050, 64, 8, 8)  # whose gradients are computed twice rather than kept
+
 
 def distance(one, other):
     return ((one.double() - other.double()).norm() / other.double().norm().clamp_min(1e-9)).item()
@@ -102,7 +104,7 @@ def test_float32_is_torchs_own():
 
 @needs_library
 @pytest.mark.parametrize("activation", sorted(CODES))
-@pytest.mark.parametrize("shape", CASES[:3], ids=str)
+@pytest.mark.parametrize("shape", [*CASES[:3], LARGE], ids=str)
 def test_averages_and_what_comes_back_of_them(shape, activation):
     maps, found, expected = make_maps(*shape), [], []
     back = torch.randn(*shape[:2], 1, 1, generator=torch.Generator().manual_seed(3))

@@ -144,14 +144,15 @@ class Backbone(nn.Module):
         )
         self.norms = nn.ModuleList(nn.BatchNorm2d(width, momentum=settings.norm_momentum) for width in widths)
 
-    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
-        """Maps (N, C, H, W) to (N, last width, H / 2**P, W / 2**P) after P poolings; sizes are rounded down."""
-        return self.run_with_averages(inputs)[0]
+    def forward(self, inputs: torch.Tensor, averages: list[torch.Tensor] | None = None) -> torch.Tensor:
+        """Maps (N, C, H, W) to (N, last width, H / 2**P, W / 2**P) after P poolings; sizes are rounded down.
 
-    def run_with_averages(self, inputs: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor | None]:
-        """Returns what `forward` does, and its averages, (N, C, 1, 1) float32, if they were taken on the way."""
-        maps, averages = self._run_stem(inputs)
-        return self._run_blocks(maps, 0, len(self.blocks), averages)
+        To `averages` those of the result are appended, (N, last width, 1, 1) float32, if they were taken on the way.
+        """
+        maps, of_last = self._run_blocks(*self._run_stem(inputs), 0, len(self.blocks))
+        if averages is not None and of_last is not None:
+            averages.append(of_last)
+        return maps
 
     def block(self, place: int) -> Block:
         """Returns block number `place`, from 0."""
@@ -168,10 +169,10 @@ class Backbone(nn.Module):
 
     def run_blocks(self, maps: torch.Tensor, start: int, stop: int) -> torch.Tensor:
         """Runs blocks number `start` to `stop` - 1, from 0, and what follows each."""
-        return self._run_blocks(maps, start, stop)[0]
+        return self._run_blocks(maps, None, start, stop)[0]
 
     def _run_blocks(
-        self, maps: torch.Tensor, start: int, stop: int, averages: torch.Tensor | None = None
+        self, maps: torch.Tensor, averages: torch.Tensor | None, start: int, stop: int
     ) -> tuple[torch.Tensor, torch.Tensor | None]:
         layers = list(zip(self.blocks, self.pools, self.norms, strict=True))
         for block, pool, norm in layers[start:stop]:
@@ -187,19 +188,6 @@ class Backbone(nn.Module):
         return maps, averages
 
 
-class Classifier(nn.Sequential):
-    """Global average pooling, flatten, linear layer: (N, C, H, W) to (N, num_classes) logits."""
-
-    def __init__(self, channels: int, num_classes: int) -> None:
-        """Makes the classifier for a backbone with `channels` output channels."""
-        super().__init__(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes))
-
-    @property
-    def linear(self) -> nn.Linear:
-        """The last layer."""
-        return cast("nn.Linear", self[2])
-
-
 def apply_precisely(layer: nn.Linear, averages: torch.Tensor) -> torch.Tensor:
     """Maps (N, C, 1, 1) float32 averages on the CPU to (N, outputs) float32, whatever the precision of all else.
 
@@ -207,6 +195,23 @@ def apply_precisely(layer: nn.Linear, averages: torch.Tensor) -> torch.Tensor:
     """
     with torch.autocast("cpu", enabled=False):
         return layer(averages.flatten(1).to(layer.weight.dtype))
+
+
+class Classifier(nn.Sequential):
+    """Global average pooling, flatten, linear layer: (N, C, H, W) to (N, num_classes) logits."""
+
+    def __init__(self, channels: int, num_classes: int) -> None:
+        """Makes the classifier for a backbone with `channels` output channels."""
+        super().__init__(nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(channels, num_classes))
+
+    def forward(self, input: torch.Tensor, averages: torch.Tensor | None = None) -> torch.Tensor:
+        """Maps (N, C, H, W) maps, or their (N, C, 1, 1) float32 averages if they are known, to logits."""
+        return super().forward(input) if averages is None else apply_precisely(self.linear, averages)
+
+    @property
+    def linear(self) -> nn.Linear:
+        """The last layer."""
+        return cast("nn.Linear", self[2])
 
 
 class Network(nn.Module):
@@ -220,9 +225,9 @@ class Network(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Maps normalised images, (N, C, H, W) float, to logits, (N, num_classes) float."""
-        maps, averages = self.backbone.run_with_averages(images)
         # Torch takes as long for averages over maps of bfloat16, and the way back, as for a whole block.
-        return self.classifier(maps) if averages is None else apply_precisely(self.classifier.linear, averages)
+        maps = self.backbone(images, averages := [])
+        return self.classifier(maps, *averages)
 
 
 def build_network(
