@@ -21,7 +21,14 @@ from record import on_this_processor, over_repeats, write_result
 from torch.utils.flop_counter import FlopCounterMode
 
 from dynaconv.data.batches import Batches
-from dynaconv.device import computing_in, keep_freed_memory, pick_device, pick_precision, use_threads
+from dynaconv.device import (
+    computing_in,
+    keep_freed_memory,
+    pick_device,
+    pick_precision,
+    use_threads,
+    young_garbage_alone,
+)
 from dynaconv.model.network import build_network
 from dynaconv.recipe import EvaluateSettings, Recipe, sizes_of_epochs, with_settings
 from dynaconv.recipes import RECIPES
@@ -142,7 +149,7 @@ def seconds_per_image(recipe: Recipe, plain: bool) -> dict[str, float]:
     passes = model if plain else as_trained(model, device, recipe.train)
     criterion = torch.nn.CrossEntropyLoss(label_smoothing=recipe.optim.label_smoothing)
     seconds = {}
-    with computing_in(pick_precision(recipe.train.precision, device, print), device):
+    with computing_in(pick_precision(recipe.train.precision, device, print), device), young_garbage_alone():
         for size in sorted(set(sides_of(recipe))):
             batches = iter(Batches(data.train, recipe.train.batch_size, recipe.augment, 0, [size]))
             warming = max(2 if passes is model else 6, WARMING // recipe.train.batch_size)

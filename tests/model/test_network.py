@@ -163,3 +163,11 @@ def test_who_hooks_onto_backbone_or_classifier_is_called(precision):
     with torch.autocast("cpu", precision, enabled=precision == torch.bfloat16):
         model(torch.randn(2, 3, 8, 8))
     assert seen == [(2, 6, 2, 2), (2, 5)]
+
+
+def test_what_a_hook_puts_in_place_of_the_maps_is_what_is_classified():
+    model = build_network(SMALL, 3, 5, 8, seed=0)
+    model.backbone.register_forward_hook(lambda backbone, inputs, output: torch.zeros_like(output))
+    with torch.autocast("cpu", torch.bfloat16):
+        logits = model(torch.randn(2, 3, 8, 8))
+    torch.testing.assert_close(logits.float(), model.classifier.linear.bias.expand(2, -1), rtol=1e-2, atol=1e-2)

@@ -44,7 +44,7 @@ def run(maps, norm, activation, precise):
 
 @needs_library
 @pytest.mark.parametrize("activation", sorted(ACTIVATIONS))
-@pytest.mark.parametrize("shape", CASES, ids=str)
+@pytest.mark.parametrize("shape", [*CASES, LARGE], ids=str)
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
 def test_as_torch_in_double_precision(shape, activation, memory_format):
     maps = make_maps(*shape).contiguous(memory_format=memory_format)

@@ -2,6 +2,7 @@
 
 import gc
 import math
+import weakref
 
 import pytest
 import torch
@@ -201,21 +202,37 @@ def test_other_errors_are_not_taken_for_a_lack_of_memory():
 
 
 @pytest.mark.parametrize("frozen_before", [False, True])
-def test_what_was_there_before_an_epoch_is_not_looked_through_for_garbage(frozen_before):
-    model, (images, labels) = make_model(), make_images(8)
-    optimizer, seen = torch.optim.SGD(model.parameters(), lr=0.1), []
-    state = EpochState(Sums(CPU), after_update=lambda: seen.append(gc.get_freeze_count()))
+def test_what_was_there_before_a_training_is_not_looked_through_for_garbage(frozen_before):
+    model, (images, labels), seen = make_model(), make_images(8), []
+    recipe = with_settings(Recipe(), epochs=2)
     if frozen_before:
         gc.freeze()
     try:
         before = gc.get_freeze_count()
-        training_epoch(model, cut(images, labels, 4), nn.CrossEntropyLoss(), optimizer, CPU, state=state)
+        fit(model, cut(images, labels, 4), [], recipe, CPU, lambda epoch: seen.append(gc.get_freeze_count()))
         assert min(seen) > 1000
         assert gc.get_freeze_count() == before
         images[5] = math.nan
         with pytest.raises(DivergedError):
-            training_epoch(model, cut(images, labels, 4), nn.CrossEntropyLoss(), optimizer, CPU)
+            fit(model, cut(images, labels, 4), [], recipe, CPU)
         assert gc.get_freeze_count() == before
         assert gc.isenabled()
     finally:
         gc.unfreeze()
+
+
+def test_garbage_of_before_does_not_outlive_the_start_of_a_training():
+    class Held:
+        pass
+
+    held = Held()
+    held.itself, freed = held, weakref.ref(held)
+    del held
+    model, (images, labels), seen = make_model(), make_images(4), []
+    gc.disable()
+    try:
+        recipe = with_settings(Recipe(), epochs=1)
+        fit(model, cut(images, labels, 4), [], recipe, CPU, lambda epoch: seen.append(freed()))
+    finally:
+        gc.enable()
+    assert seen == [None]

@@ -37,9 +37,12 @@ def fits(images: torch.Tensor, settings: AugmentSettings) -> bool:
 
 
 def shifts(images: torch.Tensor) -> bool:
-    """Tells whether `shift` can take these (N, C, H, W) images here: bytes on a CPU that it is written for."""
-    suits = images.device.type == "cpu" and images.dtype == torch.uint8
-    return suits and not torch.compiler.is_compiling() and native.library() is not None
+    """Tells whether `shift` can take these (N, C, H, W) images here: bytes on a CPU that it is written for.
+
+    Nothing is built for it: its results are torch's own, and a build takes longer than it saves.
+    """
+    suits = images.device.type == "cpu" and images.dtype == torch.uint8 and not torch.compiler.is_compiling()
+    return suits and native.is_built() and native.library() is not None
 
 
 def shift(images: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> torch.Tensor:
@@ -57,14 +60,14 @@ def shift(images: torch.Tensor, rows: torch.Tensor, columns: torch.Tensor) -> to
         ValueError: the arguments do not fit together, or `shifts` does not hold.
     """
     count, _, height, width = images.shape
-    sources = ((rows, height), (columns, width))
-    if any(places.shape != (count, length) or places.device.type != "cpu" for places, length in sources):
-        raise ValueError(f"{count} images need as many rows and columns on the CPU, received {len(rows)}")
-    if not shifts(images):
+    if (rows.shape, columns.shape) != ((count, height), (count, width)) or rows.device != columns.device:
+        shapes = ", ".join(str(tuple(each.shape)) for each in (images, rows, columns))
+        raise ValueError(f"images, rows and columns do not fit: {shapes}")
+    if not shifts(images) or rows.device.type != "cpu":
         raise ValueError("these images need torch's functions")
-    if any(places.numel() and places.max() >= length for places, length in sources):
-        raise ValueError("a pixel cannot be read outside its image")
     images, rows, columns = images.contiguous(), rows.int().contiguous(), columns.int().contiguous()
+    if any(places.numel() and places.max() >= length for places, length in ((rows, height), (columns, width))):
+        raise ValueError("a pixel cannot be read outside its image")
     result = torch.empty(images.shape, dtype=torch.float32, device="cpu")
     cast("ctypes.CDLL", native.library()).dynaconv_shift(
         images.data_ptr(),

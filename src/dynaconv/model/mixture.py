@@ -159,7 +159,8 @@ def mix_compiled(
     others = [k for k in range(len(kernels)) if k not in taken]
     if others:
         start = None if residual is None else continue_channels(residual, outputs)
-        residual = _weighted_sum((_convolve_directly(inputs, kernels[k]) for k in others), weights[:, others], start)
+        convolved = (_convolve_directly(inputs, kernels[k]) for k in others)
+        residual = _weighted_sum(convolved, weights[:, others].to(inputs.dtype), start)
     return compiled.mix(inputs, [kernels[k] for k in taken], weights[:, taken], residual, pooled)
 
 

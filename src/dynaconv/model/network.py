@@ -1,7 +1,7 @@
 """The network: blocks B_1..B_N that mix K convolutions, the backbone made of them, and the classifier on top."""
 
 import math
-from typing import cast
+from typing import NamedTuple, cast
 
 import torch
 from torch import nn
@@ -77,8 +77,8 @@ class Block(nn.Module):
         Averages, (N, C, 1, 1), are those of the inputs if they are known, with the gradient that belongs to them.
         """
         if averages is None:
-            inputs, averages = average_beside(inputs, self.pool)
-            weights = self.weigh(averages.flatten(1))
+            inputs, taken = average_beside(inputs, self.pool)
+            weights = self.weigh(taken.flatten(1))
         else:
             weights = apply_precisely(self.weigh, averages)
         kernels = list(self.kernels)
@@ -88,6 +88,8 @@ class Block(nn.Module):
             inputs = lay_by_place(inputs)  # before the shortcut, whose order all that follows inherits
         elif lies_by_place(inputs):
             inputs = inputs.contiguous(memory_format=torch.channels_last)
+        if averages is not None and form != "compiled":
+            weights = weights.to(inputs.dtype)  # of another one they would make larger maps of bfloat16 ones
         if form in MIXES_KERNELS:
             # The shortcut is one more convolution, always with weight one: inside the mixed kernel it costs nothing.
             identity = torch.eye(outputs, inputs.shape[1], dtype=inputs.dtype, device=inputs.device)
@@ -120,6 +122,13 @@ class StaticBlock(nn.Module):
         return functional.conv2d(inputs, self.kernel, padding=self.kernel.shape[-1] // 2)
 
 
+class Averaged(NamedTuple):
+    """Maps, (N, C, H, W), and their averages, (N, C, 1, 1) float32."""
+
+    maps: torch.Tensor
+    averages: torch.Tensor
+
+
 class Backbone(nn.Module):
     """A stem, if any, and N blocks, each followed by max-pooling where the map halves, batch norm and activation.
 
@@ -144,14 +153,14 @@ class Backbone(nn.Module):
         )
         self.norms = nn.ModuleList(nn.BatchNorm2d(width, momentum=settings.norm_momentum) for width in widths)
 
-    def forward(self, inputs: torch.Tensor, averages: list[torch.Tensor] | None = None) -> torch.Tensor:
+    def forward(self, inputs: torch.Tensor, beside: list[Averaged] | None = None) -> torch.Tensor:
         """Maps (N, C, H, W) to (N, last width, H / 2**P, W / 2**P) after P poolings; sizes are rounded down.
 
-        To `averages` those of the result are appended, (N, last width, 1, 1) float32, if they were taken on the way.
+        To `beside` the result is appended with its averages, if they were taken on the way.
         """
-        maps, of_last = self._run_blocks(*self._run_stem(inputs), 0, len(self.blocks))
-        if averages is not None and of_last is not None:
-            averages.append(of_last)
+        maps, averages = self._run_blocks(*self._run_stem(inputs), 0, len(self.blocks))
+        if beside is not None and averages is not None:
+            beside.append(Averaged(maps, averages))
         return maps
 
     def block(self, place: int) -> Block:
@@ -189,7 +198,7 @@ class Backbone(nn.Module):
 
 
 def apply_precisely(layer: nn.Linear, averages: torch.Tensor) -> torch.Tensor:
-    """Maps (N, C, 1, 1) float32 averages on the CPU to (N, outputs) float32, whatever the precision of all else.
+    """Maps (N, C, 1, 1) float32 averages on the CPU to (N, outputs), in the layer's own precision under autocast too.
 
     A layer of so few outputs takes torch twice as long in bfloat16.
     """
@@ -225,9 +234,12 @@ class Network(nn.Module):
 
     def forward(self, images: torch.Tensor) -> torch.Tensor:
         """Maps normalised images, (N, C, H, W) float, to logits, (N, num_classes) float."""
-        # Torch takes as long for averages over maps of bfloat16, and the way back, as for a whole block.
-        maps = self.backbone(images, averages := [])
-        return self.classifier(maps, *averages)
+        beside: list[Averaged] = []
+        maps = self.backbone(images, beside)
+        # Torch takes as long for averages over maps of bfloat16, and the way back, as for a whole block. What a hook
+        # has put in the maps' place has averages of its own.
+        known = [each.averages for each in beside if each.maps is maps]
+        return self.classifier(maps, *known)
 
 
 def build_network(

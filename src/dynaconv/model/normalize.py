@@ -34,7 +34,7 @@ def normalize_and_activate(
     """Applies batch norm, then the activation, to (N, C, H, W) maps.
 
     Where it is compiled, the result is bfloat16 with its channels innermost; torch's own keeps order and number format.
-    The result's averages over each image, which the next block's weights are made of, are taken on the way there.
+    The result's averages over each image, of which the next block's weights or the logits are made, come with it.
 
     In training the statistics are those of the maps, and the layer's running ones follow them, as in torch.
 

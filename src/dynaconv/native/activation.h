@@ -37,8 +37,9 @@ static inline __m512 logistic(__m512 z) {
     return _mm512_mul_ps(estimate, _mm512_fnmadd_ps(below, estimate, _mm512_set1_ps(2.0f)));
 }
 
-// The same within 7e-5 of itself, for what is rounded to bfloat16, by 2e-3 of itself, before it is read again: a
-// polynomial of a lower degree, the estimate as it is, and nothing to keep an infinite power from it, one over which is 0.
+// The same within 7e-5 of itself, for maps that are rounded to bfloat16, by 2e-3 of themselves; averages and sums, which
+// are taken before that, are as good. A polynomial of a lower degree, the estimate as it is, and nothing to keep an
+// infinite power from it, one over which is 0.
 static inline __m512 roughly_logistic(__m512 z) {
     __m512 scaled = _mm512_mul_ps(z, _mm512_set1_ps(-1.44269504f));
     __m512 whole = _mm512_roundscale_ps(scaled, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
@@ -50,14 +51,14 @@ static inline __m512 roughly_logistic(__m512 z) {
     return _mm512_rcp14_ps(_mm512_add_ps(_mm512_set1_ps(1.0f), _mm512_scalef_ps(sum, whole)));
 }
 
-// In float32.
+// For results in float32.
 ALWAYS __m512 activate_precisely(__m512 z, const int activation) {
     // A NaN in z stays one: the maximum of two numbers is its second argument if either is none.
     if (activation == RELU) return _mm512_max_ps(_mm512_setzero_ps(), z);
     return activation == SILU ? _mm512_mul_ps(z, logistic(z)) : z;
 }
 
-// For results in bfloat16, as the way back.
+// For results in bfloat16; so is the way back.
 ALWAYS __m512 activate(__m512 z, const int activation) {
     return activation == SILU ? _mm512_mul_ps(z, roughly_logistic(z)) : activate_precisely(z, activation);
 }

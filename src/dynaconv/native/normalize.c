@@ -3,8 +3,8 @@
 //   y = f(z),  z = gain * xhat + offset,  xhat = (x - mean) / spread
 //
 // Maps are (images, places, C) bfloat16; statistics and parameters (C,) float32. The averages of y over each image's
-// places, which the next block's weights are made of, are taken on the way, before rounding, and so is the gradient
-// that comes of them.
+// places, which the next block's weights or the logits are made of, are taken on the way, before rounding, and so is the
+// gradient that comes of them.
 
 #include "activation.h"
 

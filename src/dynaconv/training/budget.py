@@ -11,6 +11,7 @@ from torch import nn
 
 from dynaconv.data.batches import Batches
 from dynaconv.data.images import ImageSet
+from dynaconv.device import young_garbage_alone
 from dynaconv.errors import UserError
 from dynaconv.recipe import Recipe, parse_duration, sizes_of_epochs, with_settings
 from dynaconv.training.loop import training_epoch, validation_epoch
@@ -46,7 +47,8 @@ def plan_epochs(
     side = images.images.shape[-1]
     one_of_each = max(1, len(recipe.train.train_scales))  # epochs that take each scale once
     sizes = sorted(set(sizes_of_epochs(recipe, one_of_each, side)))
-    seconds = {size: _seconds_per_image(recipe, model, images, size, device) for size in sizes}
+    with young_garbage_alone():  # as in training
+        seconds = {size: _seconds_per_image(recipe, model, images, size, device) for size in sizes}
     judging = _seconds_per_judged_image(recipe, model, images, device)
     with torch.autocast(device.type, enabled=False):  # the end is judged in float32
         last = _seconds_per_judged_image(recipe, model, images, device)

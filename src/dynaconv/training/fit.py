@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import nn
 
+from dynaconv.device import young_garbage_alone
 from dynaconv.recipe import Recipe
 from dynaconv.training.loop import Batch, DivergedError, EpochState, Parts, Sums, training_epoch, validation_epoch
 from dynaconv.training.optim import Schedule, build_optimizer
@@ -112,17 +113,18 @@ def fit(
     training = _Training(model, training_batches, recipe, device, say)
     if begin is not None:
         training.go_on_from(begin)
-    while training.number <= recipe.train.epochs:
-        try:
-            epoch = training.run_epoch(validation_batches, keep)
-        except DivergedError as error:
-            if training.good is None or training.rollbacks == MOST_ROLLBACKS:
-                raise
-            training.roll_back(error, training.good)
-            continue
-        on_epoch(epoch)
-        training.next_epoch(epoch)
-        keep(training.take)
+    with young_garbage_alone():
+        while training.number <= recipe.train.epochs:
+            try:
+                epoch = training.run_epoch(validation_batches, keep)
+            except DivergedError as error:
+                if training.good is None or training.rollbacks == MOST_ROLLBACKS:
+                    raise
+                training.roll_back(error, training.good)
+                continue
+            on_epoch(epoch)
+            training.next_epoch(epoch)
+            keep(training.take)
     return training.history
 
 

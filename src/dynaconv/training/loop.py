@@ -1,9 +1,7 @@
 """One training epoch, and one validation epoch."""
 
-import gc
 import math
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import NamedTuple
@@ -147,35 +145,18 @@ def training_epoch(
     state = state or EpochState(Sums(device))
     # Reading the loss makes an accelerator wait, so it is read seldom there; on a CPU it costs nothing.
     updates_between_checks = 1 if device.type == "cpu" else 64
-    with _young_garbage_alone():
-        for window in islice(_windows(batches, accumulation_steps), state.updates, None):
-            while not _fill_gradients(model, state.parts.cut(window), criterion, optimizer, device, state.sums):
-                state.parts.double(window)
-            state.updates += 1
-            if state.updates % updates_between_checks == 0:
-                _refuse_diverged(model, state)
-            optimizer.step()
-            state.after_update()
+    for window in islice(_windows(batches, accumulation_steps), state.updates, None):
+        while not _fill_gradients(model, state.parts.cut(window), criterion, optimizer, device, state.sums):
+            state.parts.double(window)
+        state.updates += 1
+        if state.updates % updates_between_checks == 0:
+            _refuse_diverged(model, state)
+        optimizer.step()
+        state.after_update()
     average = state.sums.average()
     if not math.isfinite(average.loss):
         raise DivergedError(state.updates, average.loss)
     return average
-
-
-@contextmanager
-def _young_garbage_alone() -> Generator[None]:
-    """Has Python look for garbage among what is made from here on.
-
-    A step makes enough objects to have it go through all there are, torch's own among them, for some milliseconds.
-    """
-    if gc.get_freeze_count():  # by the program around this, whose choice it stays
-        yield
-        return
-    gc.freeze()
-    try:
-        yield
-    finally:
-        gc.unfreeze()
 
 
 def _refuse_diverged(model: nn.Module, state: EpochState) -> None:

@@ -147,6 +147,9 @@ def orthogonalize(matrices: Sequence[torch.Tensor], iterations: int = 3) -> list
     Args:
         matrices: At least one, all of one dtype and on one device; of several shapes.
         iterations: At least 1.
+
+    Returns:
+        As many matrices, each of the shape and dtype of its own; upright ones are views of others, transposed.
     """
     device = matrices[0].device.type
     precision = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else matrices[0].dtype
