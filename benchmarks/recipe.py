@@ -2,7 +2,7 @@
 
 Commands: python benchmarks/recipe.py coursework --seeds 0 1 2
           python benchmarks/recipe.py fast92 --seeds 0 1 2 3 4 --all-images    (none held out for validation)
-          python benchmarks/recipe.py fast92 --seeds 0 --into fast92-float32    (with another name)
+          python benchmarks/recipe.py fast92 --seeds 0 --into fast92-short --epochs 5    (other settings, another name)
 Needs: DYNACONV_DATA. Takes: what the recipe costs (`dynaconv recipes`) for each seed.
 A seed whose run has ended is not trained again, and one that was stopped goes on, so that the seeds can be spread over
 several evenings; the summary covers the runs that are there, and lists the commit of each.
@@ -41,7 +41,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--all-images", action="store_true", help="train on the validation images as well")
     parser.add_argument("--into", help="name of the result; the recipe's own if left out")
-    arguments = parser.parse_args()
+    arguments, settings = parser.parse_known_args()  # what is left is for `dynaconv train`
     into = arguments.into or arguments.recipe
     held_out = ["--validation-fraction", "0"] if arguments.all_images else []
     for seed in arguments.seeds:
@@ -49,7 +49,7 @@ def main() -> None:
         if not (folder / "result.json").exists():
             train = ["train", arguments.recipe, "--data", "cifar10", "--seed", str(seed), "--run-dir", str(folder)]
             begun = (folder / "recipe.json").exists()  # goes on bit for bit, and its time adds up
-            words = ["resume", str(folder)] if begun else [*train, *held_out]
+            words = ["resume", str(folder)] if begun else [*train, *held_out, *settings]
             subprocess.run([sys.executable, "-m", "dynaconv", *words], check=True)
     summarise(into, arguments.seeds)
 
