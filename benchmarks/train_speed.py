@@ -1,6 +1,6 @@
 """Times the training step of a recipe as it is against the plain one: literal mixture, float32, nothing of the engine.
 
-Command: python benchmarks/train_speed.py [RECIPE ...]    (all if none is named)
+Command: python benchmarks/train_speed.py [RECIPE ...] [--into NAME]    (all if none is named; the result's name)
 Needs: DYNACONV_DATA. Takes: half an hour for all of them on two cores with matrix tiles. Each contender runs in
 processes of its own, in turn, since the allocator's settings cannot be taken back. A step is what training does:
 transforms, forward, backward, update. The result's name ends in "-avx512" or "-float32" without matrix tiles.
@@ -53,7 +53,8 @@ def main() -> None:
     match sys.argv[1:]:
         case ["--measure", name, contender]:
             print(json.dumps(seconds_per_image(with_all_sides(name), plain=contender == "plain")))
-        case names:
+        case words:
+            names, into = (words[:-2], words[-1]) if "--into" in words[-2:-1] else (words, "train_speed")
             precision = pick_precision("auto", pick_device("auto"), print)
             peak = peak_of_direct_convolutions(precision)
             told = str(precision).removeprefix("torch.")
@@ -61,7 +62,7 @@ def main() -> None:
             metrics = {name: compare(name, peak) for name in names or RECIPES}
             steps = {name: step_of(RECIPES[name]()) for name in metrics}
             metrics = {"peak_flops_per_second": {"value": peak}, **metrics}
-            name = on_this_processor("train_speed")
+            name = on_this_processor(into)
             print(write_result(name, metrics, precision=told, timed_with_steps_of=steps))
 
 
