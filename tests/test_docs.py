@@ -105,6 +105,11 @@ def test_figures_of_the_default_recipe_are_those_of_its_result():
     ("name", "recipe", "words"),
     [
         ("fast92-all", "fast92", "`fast92` with `--validation-fraction 0`"),
+        (
+            "fast92-short",
+            "fast92",
+            "`fast92` in 8 epochs, 3 at 16 pixels, 3 at 24, 2 at 32, `--validation-fraction 0`",
+        ),
         ("fast92-avx512", "fast92", "`fast92`, four epochs at 16 pixels and three at 24, `--validation-fraction 0`"),
         ("fast94", "fast94", "`fast94` with `--validation-fraction 0`"),
     ],
@@ -208,6 +213,11 @@ def test_figures_of_the_mixture_and_of_the_step_are_those_of_their_results(machi
         rate, times = found["images_per_second"]["median"], found["times_plain"]["median"]
         share = found["literal_flops_over_peak"]["value"]
         assert f"| `{recipe}` | {rate:.0f} | {times:.2f}x | {share:.0%} |" in page
+    again = json.loads((RESULTS / "train_speed-fast92.json").read_text())["metrics"]
+    assert f"with a peak of {again.pop('peak_flops_per_second')['value'] / 1e9:.0f} GFLOP/s" in page
+    for recipe, found in again.items():
+        rate, times = found["images_per_second"]["median"], found["times_plain"]["median"]
+        assert f"| `{recipe}` | {rate:.0f} | {times:.2f}x | {found['literal_flops_over_peak']['value']:.0%} |" in page
     one, three = (
         json.loads((RESULTS / f"{name}.json").read_text())["metrics"]["test_accuracy"]["values"]
         for name in ("coursework-bfloat16", "coursework")

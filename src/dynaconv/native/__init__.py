@@ -3,8 +3,8 @@
 There is nothing to install. Where the processor lacks the instructions, or the machine a compiler, `library` returns
 None and torch's functions are taken instead: the same results but for what bfloat16 rounds (by Winograd's algorithm,
 1.2% of a result's norm instead of 0.2%); the convolutions, with what lies around them, are two to three times as slow,
-the transforms eight times, mirrored and shifted copies three. With matrix tiles (AMX) the convolutions are others than without
-(docs/decisions/0014-matrix-tiles.md).
+the transforms eight times, mirrored and shifted copies three. With matrix tiles (AMX) the convolutions are others than
+without (docs/decisions/0014-matrix-tiles.md).
 """
 
 import ctypes
