@@ -208,14 +208,13 @@ def test_what_was_there_before_a_training_is_not_looked_through_for_garbage(froz
     if frozen_before:
         gc.freeze()
     try:
-        before = gc.get_freeze_count()
         fit(model, cut(images, labels, 4), [], recipe, CPU, lambda epoch: seen.append(gc.get_freeze_count()))
         assert min(seen) > 1000
-        assert gc.get_freeze_count() == before
+        assert (gc.get_freeze_count() > 1000) == frozen_before
         images[5] = math.nan
         with pytest.raises(DivergedError):
             fit(model, cut(images, labels, 4), [], recipe, CPU)
-        assert gc.get_freeze_count() == before
+        assert (gc.get_freeze_count() > 1000) == frozen_before
         assert gc.isenabled()
     finally:
         gc.unfreeze()
