@@ -105,7 +105,7 @@ def young_garbage_alone() -> Generator[None]:
     """Has Python look for garbage only among what is made from here on; what was there before waits.
 
     A training step makes enough objects to have Python go through all there are, torch's own among them, every few
-    steps: 5 ms of a step of 150. Garbage that there is now is freed first, lest it be held as long as this lasts.
+    steps: by samples some 5 ms of a step of 150. Garbage of before is freed first, lest it be held while this lasts.
     """
     if gc.get_freeze_count():  # by the program around this, whose choice it stays
         yield
