@@ -1,5 +1,8 @@
 """The optimisers: Muon's orthogonal updates, its Adam against torch's, the schedules."""
 
+import subprocess
+import sys
+
 import pytest
 import torch
 from torch import nn
@@ -121,3 +124,22 @@ def test_the_cosine_schedule_is_torchs():
             advance()
             rates[-1].append(optimizer.param_groups[0]["lr"])
     assert rates[0] == pytest.approx(rates[1], abs=1e-12)
+
+
+def test_muon_does_without_torchs_compiler():
+    program = (
+        "import sys, torch\n"
+        "from dynaconv.recipe import OptimSettings\n"
+        "from dynaconv.training.optim import Schedule, build_optimizer\n"
+        "model = torch.nn.Sequential(torch.nn.Conv2d(3, 8, 3), torch.nn.Flatten(), torch.nn.Linear(8, 5))\n"
+        "settings = OptimSettings(optimizer='muon', schedule='linear')\n"
+        "optimizer = build_optimizer(model, settings)\n"
+        "Schedule(optimizer, settings, epochs=1, steps=2)\n"
+        "optimizer.zero_grad()\n"
+        "model(torch.rand(2, 3, 3, 3)).sum().backward()\n"
+        "optimizer.step()\n"
+        "optimizer.load_state_dict(optimizer.state_dict())\n"
+        "sys.exit('loaded' if 'torch._dynamo' in sys.modules else 0)"
+    )
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr

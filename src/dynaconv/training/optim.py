@@ -3,6 +3,7 @@
 # torch's own optimisers are made of the functions named _foreach, which have no public names: one launch for a list.
 # pyright: reportPrivateUsage=false, reportPrivateImportUsage=false
 
+import inspect
 import math
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -48,6 +49,13 @@ class Muon(torch.optim.Optimizer):
         ]
         super().__init__(groups, {"momentum": momentum, "betas": (0.9, 0.99), "eps": 1e-8})
         self._recorded = RecordedUpdate()
+
+    # torch keeps its compiler away from these, and to that end imports it: 800 modules, one second of every training.
+    # They are not compiled here.
+    add_param_group = inspect.unwrap(torch.optim.Optimizer.add_param_group)
+    zero_grad = inspect.unwrap(torch.optim.Optimizer.zero_grad)
+    state_dict = inspect.unwrap(torch.optim.Optimizer.state_dict)
+    load_state_dict = inspect.unwrap(torch.optim.Optimizer.load_state_dict)
 
     @torch.no_grad()
     def step(self, closure: Any = None) -> None:  # pyright: ignore[reportIncompatibleMethodOverride]
