@@ -154,10 +154,17 @@ def test_any_number_of_pictures_at_once(exported):
 
 
 @pytest.mark.parametrize("side", [8, 12])
-def test_arrays_are_verified_in_the_size_that_was_trained(side):
-    trained = load_images("digits", "test", SourceOptions(image_size=side, channels=3))
-    classifier = SimpleNamespace(image_size=side, channels=3, classes=trained.classes)
-    pixels, labels, _ = read_pixels("digits", "test", classifier, None, quiet)
+@pytest.mark.parametrize(("stored", "channels"), [((), 1), ((), 3), ((1,), 3), ((3,), 1), ((3,), 3)])
+def test_arrays_are_verified_in_the_form_that_was_trained(tmp_path, side, stored, channels):
+    source = "digits"
+    if stored:
+        pixels = np.random.default_rng(0).integers(0, 256, (20, 8, 8, *stored), dtype=np.uint8)
+        source = str(tmp_path / "arrays.npz")
+        np.savez(source, images=pixels, labels=np.arange(20) % 2)
+    trained = load_images(source, "test", SourceOptions(image_size=side, channels=channels))
+    classifier = SimpleNamespace(image_size=side, channels=channels, classes=trained.classes)
+    pixels, labels, _ = read_pixels(source, "test", classifier, None, quiet)
+    assert pixels.shape == (len(labels), channels, side, side)
     assert digest(pixels, labels, trained.classes) == trained.sha256()
 
 

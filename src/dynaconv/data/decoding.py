@@ -130,6 +130,11 @@ def resize(pixels: Pixels, side: int) -> Pixels:
     return resized[:, :, np.newaxis] if grey else resized
 
 
+def make_grey(pixels: Pixels) -> Pixels:
+    """Makes (H, W, 3) pixels grey, (H, W, 1), as `decode` does with a picture that it has decoded."""
+    return np.asarray(Image.fromarray(pixels).convert("L"), dtype=np.uint8)[:, :, np.newaxis]
+
+
 def _explain(error: Exception) -> BadPictureError:
     """Gives the reason in words. Pillow's readers raise nearly any exception for a damaged file."""
     if isinstance(error, BadPictureError):

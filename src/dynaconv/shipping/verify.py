@@ -10,7 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from dynaconv.data import cifar10, folders, tables
-from dynaconv.data.decoding import decode_picture, resize
+from dynaconv.data.decoding import decode_picture, make_grey, resize
 from dynaconv.data.digits import find_digits
 from dynaconv.data.pictures import LabelledPictures, Notify, Splits, choose_test_fifth
 from dynaconv.errors import UserError, WorkError
@@ -214,13 +214,14 @@ def _find(source: str, notify: Notify) -> Splits:
 def _decode(found: LabelledPictures, chosen: npt.NDArray[np.int64], classifier: PortableClassifier) -> Pixels:
     side, channels = classifier.image_size, classifier.channels
     if isinstance(found.pictures, np.ndarray):
+        # In the order of training: made grey, resized, made colour.
         pixels = found.pictures[chosen]
-        if pixels.shape[3] == 1 and channels == 3:
-            pixels = pixels.repeat(3, axis=3)  # grey as training makes it colour
-        if pixels.shape[3] == channels and pixels.shape[1:3] != (side, side):
+        if pixels.shape[3] == 3 and channels == 1:
+            pixels = np.stack([make_grey(each) for each in pixels])
+        if pixels.shape[1:3] != (side, side):
             pixels = np.stack([resize(each, side) for each in pixels])
-        if pixels.shape[1:] != (side, side, channels):
-            raise UserError(f"{found.description} holds arrays of {pixels.shape[1:]}, not {(side, side, channels)}.")
+        if pixels.shape[3] == 1 and channels == 3:
+            pixels = pixels.repeat(3, axis=3)
         return np.ascontiguousarray(pixels.transpose(0, 3, 1, 2))
     images = np.empty((len(chosen), channels, side, side), dtype=np.uint8)
     for row, place in enumerate(map(int, chosen)):
