@@ -36,8 +36,8 @@ SHAPES = [
 KERNEL_SIZES = ((3, 3), (3, 1), (3, 3, 3, 3))
 """Sides of the K kernels of a block."""
 DRAWN = [(64, 64, 32), (128, 128, 16), (256, 256, 8), (512, 512, 4)]
-ROUNDS = 5
-
+ROUNDS, WARMING = 5, 3
+"""How often each contender is timed, and run before that: until then freed memory does not fit what is asked for."""
 
 DEVICE = torch.device(sys.argv[1] if len(sys.argv) > 1 else "cpu")
 CUDA = DEVICE.type == "cuda"
@@ -107,7 +107,7 @@ def measure(
         work = partial(step, convolve, inputs, parameters) if trained else partial(convolve, inputs)
         works[name] = recorded(work) if CUDA else work
     seconds: dict[str, list[float]] = {name: [] for name in contenders}
-    for round_number in range(ROUNDS + 1):
+    for round_number in range(WARMING + ROUNDS):
         for name, work in works.items():
             steps = STEPS if trained else 20
             wait()
@@ -115,7 +115,7 @@ def measure(
             for _ in range(steps):
                 work()
             wait()
-            if round_number:  # the first round warms up
+            if round_number >= WARMING:
                 seconds[name].append((time.perf_counter() - started) / steps)
     static = over_repeats(seconds["static"])
     ratios = {
@@ -123,8 +123,7 @@ def measure(
         for name, values in seconds.items()
         if name != "static"
     }
-    with torch.set_grad_enabled(trained):
-        chosen = choose_form(sizes, outputs, usual)
+    chosen = choose_form(sizes, outputs, usual)
     told = ", ".join(f"{name} {ratio['median']:.2f}x" for name, ratio in ratios.items())
     shape = name_of(channels, outputs, side, sizes, images, precision)
     print(f"{shape}: static {static['median'] * 1e3:.2f} ms; {told}; auto: {chosen}", flush=True)
@@ -169,8 +168,9 @@ def main() -> None:
     for precision in precisions:
         cases = [(*shape, sizes, BATCH, precision) for shape in SHAPES for sizes in KERNEL_SIZES]
         cases += [(*shape, (3, 3, 3, 3), 1, precision) for shape in DRAWN]
-        with computing_in(precision, DEVICE):
-            metrics |= {name_of(*case): measure(*case) for case in cases}
+        for case in cases:
+            with computing_in(precision, DEVICE), torch.set_grad_enabled(case[-2] > 1):
+                metrics[name_of(*case)] = measure(*case)
     name = "mixture-cuda" if CUDA else on_this_processor("mixture")
     print(write_result(name, metrics, device=DEVICE))
     draw(metrics, precisions, Path(f"docs/figures/{name}.png"))

@@ -55,6 +55,8 @@ def main() -> None:
             print(json.dumps(seconds_per_image(with_all_sides(name), plain=contender == "plain")))
         case words:
             names, into = (words[:-2], words[-1]) if "--into" in words[-2:-1] else (words, "train_speed")
+            if unknown := set(names) - RECIPES.keys():
+                sys.exit(f"no recipe of the name {', '.join(sorted(unknown))}\n\n{__doc__}")
             precision = pick_precision("auto", pick_device("auto"), print)
             peak = peak_of_direct_convolutions(precision)
             told = str(precision).removeprefix("torch.")

@@ -17,6 +17,8 @@ from dynaconv.model.network import Block
 
 needs_library = pytest.mark.skipif(native.library() is None, reason=f"no compiled convolution: {native.why_not()}")
 
+needs_tiles = pytest.mark.skipif(not native.has_matrix_tiles(), reason="no compiled convolutions on matrix tiles")
+
 CASES = [
     # images, channels, outputs, height, width, sides of the kernels
     (3, 16, 16, 8, 8, (3,)),
@@ -35,6 +37,17 @@ CASES = [
     (3, 320, 304, 9, 3, (3,)),  # the same of one kernel, with tiles of 4
     (3, 40, 80, 13, 10, (3, 3, 3, 3)),  # large enough to be mixed on matrix tiles: places beyond the last whole tile
     (20, 48, 32, 12, 12, (3, 3, 1, 3, 3)),  # the same, more kernels than are shared out by a loop of their own
+]
+
+SINGLE = [
+    # channels, outputs, height, width, sides of the kernels
+    (16, 16, 8, 8, (3,)),
+    (24, 64, 33, 32, (3, 1)),
+    (64, 48, 6, 7, (3, 1, 3)),
+    (130, 70, 5, 2, (3, 3, 3)),  # neither whole tiles of channels nor of outputs
+    (512, 512, 4, 4, (3, 3, 3, 3)),
+    (33, 17, 9, 16, (1, 3, 3, 3, 3)),
+    (3, 5, 13, 3, (3, 5)),
 ]
 
 
@@ -241,7 +254,9 @@ def test_what_it_is_not_made_for_goes_elsewhere():
     assert choose_form((5, 5), 32, maps) != "compiled"
     assert choose_form((3, 3), 32, maps[:, :, :1]) != "compiled"
     assert choose_form((3, 3), 8, maps) != "compiled"
-    assert choose_form((3, 3), 32, maps[:1]) == "grouped"  # one image: its kernels are mixed once
+    assert (
+        choose_form((3, 3), 32, maps[:1]) == "grouped"
+    )  # one image: its kernels are mixed once, by torch for training
 
 
 @needs_library
@@ -312,6 +327,54 @@ def test_the_kernels_of_a_single_image_are_mixed_once(sides, memory_format):
         torch.testing.assert_close(mix_grouped(inputs, kernels, weights), expected, rtol=1e-5, atol=1e-5)
         with torch.autocast("cpu", torch.bfloat16):
             assert distance(mix_grouped(inputs, kernels, weights.bfloat16()), expected) < 1e-2
+
+
+@needs_tiles
+@pytest.mark.parametrize("pooling", [False, True], ids=["whole", "pooled"])
+@pytest.mark.parametrize("residual", ["none", "inputs", "another"])
+@pytest.mark.parametrize("case", SINGLE, ids=str)
+def test_a_single_image_goes_through_kernels_mixed_as_they_are_read(case, residual, pooling):
+    inputs, kernels, weights, another = make_case(1, *case)
+    added = {"none": None, "inputs": inputs, "another": another}[residual]
+    double = None if added is None else added.double()
+    expected = literal(inputs.double(), [kernel.double() for kernel in kernels], weights.double(), double)
+    expected = functional.max_pool2d(expected, 2) if pooling else expected
+    for kind in (torch.no_grad, torch.inference_mode):
+        with kind(), torch.autocast("cpu", torch.bfloat16):
+            assert compiled.mixes_single(inputs)
+            found = mix_compiled(inputs, kernels, weights, added, pooling)
+        assert found.dtype == torch.bfloat16
+        assert found.shape == expected.shape
+        assert distance(found, expected) < 5e-3
+
+
+@needs_tiles
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_single_image_is_the_same_for_any_number_of_threads(threads):
+    inputs, kernels, weights, _ = make_case(1, 40, 200, 7, 6, (3, 1, 3))
+    before = torch.get_num_threads()
+    with torch.no_grad():
+        expected = mix_compiled(inputs, kernels, weights, inputs)
+        try:
+            torch.set_num_threads(threads)
+            assert torch.equal(mix_compiled(inputs, kernels, weights, inputs), expected)
+        finally:
+            torch.set_num_threads(before)
+
+
+@needs_tiles
+def test_a_block_takes_a_single_image_through_it_where_nothing_is_trained():
+    block, image = Block(24, 40, 2, (3, 1)), torch.randn(1, 24, 8, 8, generator=torch.Generator().manual_seed(0))
+    expected = functional.max_pool2d(block(image), 2).detach()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert block.form_for(image) == "grouped"
+        with torch.inference_mode():
+            assert block.form_for(image) == "compiled"
+            assert block.form_for(image[:, :, :1]) == "grouped"
+            assert distance(block(image, pooled=True), expected) < 1e-2
+    with torch.inference_mode():
+        assert block.form_for(image) == "grouped"  # in float32
+    assert choose_form((5, 3), 40, image.bfloat16()) == "grouped"
 
 
 @pytest.mark.parametrize(

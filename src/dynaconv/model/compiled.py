@@ -26,6 +26,9 @@ from dynaconv.model.layout import continue_channels
 DIRECT = 1
 """The tile of a convolution that is computed directly, place by place."""
 
+MOST_PLACES = 64 * 64
+"""Places of a single image's map up to which its kernels are mixed as they are read."""
+
 
 def computes(inputs: torch.Tensor) -> bool:
     """Tells whether `mix` can take these (N, C, H, W) inputs here: on the CPU, in bfloat16, and not being traced."""
@@ -40,6 +43,16 @@ def computes(inputs: torch.Tensor) -> bool:
 def pays(inputs: torch.Tensor) -> bool:
     """Tells whether `mix` can take these inputs here, and is faster than torch's convolutions."""
     return computes(inputs) and not native.leaves_tiles_unused()
+
+
+def mixes_single(inputs: torch.Tensor) -> bool:
+    """Tells whether `mix` mixes the kernels of a single image as it reads them: on matrix tiles, without gradients.
+
+    On large maps there is little to gain, and all places are held in working space at once.
+    """
+    if len(inputs) != 1 or torch.is_grad_enabled() or inputs.shape[2] * inputs.shape[3] > MOST_PLACES:
+        return False
+    return computes(inputs) and native.has_matrix_tiles()
 
 
 def mix(
@@ -70,6 +83,12 @@ def mix(
     """
     _check_shapes(inputs, kernels, weights, residual, pooled)
     is_shortcut = residual is inputs
+    if mixes_single(inputs):
+        inputs = innermost(inputs.to(torch.bfloat16))
+        added = None if residual is None else inputs if is_shortcut else innermost(residual.to(torch.bfloat16))
+        result = _empty(inputs, len(kernels[0]), pooled)
+        compiled_direct.convolve_single(inputs, kernels, weights, result, added)
+        return result.numbers
     added = None if is_shortcut else residual
     return _Mixture.apply(  # pyright: ignore[reportReturnType]
         inputs.to(torch.bfloat16), added, is_shortcut, pooled, weights, *kernels
@@ -127,16 +146,12 @@ class _Mixture(torch.autograd.Function):
         added = inputs if is_shortcut else residual
         if added is not None and added is not inputs:
             added = innermost(added.to(torch.bfloat16))
-        images, _, height, width = inputs.shape
-        outputs = len(kernels[0])
-        size = (height // 2, width // 2) if pooled else (height, width)
-        result = empty_maps(images, outputs, *size)
-        places = empty_maps(images, outputs, *size, dtype=torch.uint8) if pooled else None
-        _convolve(Pooled(inputs, None), kernels, weights, into=Pooled(result, places), residual=added)
-        ctx.save_for_backward(inputs, places, weights, *kernels)
+        result = _empty(inputs, len(kernels[0]), pooled)
+        _convolve(Pooled(inputs, None), kernels, weights, into=result, residual=added)
+        ctx.save_for_backward(inputs, result.places, weights, *kernels)
         ctx.is_shortcut = is_shortcut
         ctx.residual = None if residual is None else (residual.shape[1], residual.dtype)
-        return result
+        return result.numbers
 
     @staticmethod
     @once_differentiable  # untyped, which hides the signature from the type checker
@@ -216,6 +231,15 @@ def _check_shapes(
     if not fits or not beside or min(size) < 1 + pooled:
         shapes = ", ".join(str(tuple(each.shape)) for each in (inputs, *kernels, weights))
         raise ValueError(f"inputs, kernels and weights do not fit each other or the pooling: {shapes}")
+
+
+def _empty(inputs: torch.Tensor, outputs: int, pooled: bool) -> Pooled:
+    """Returns maps to be written, for a mixture of (N, C, H, W) inputs."""
+    images, _, height, width = inputs.shape
+    if not pooled:
+        return Pooled(empty_maps(images, outputs, height, width), None)
+    shape = (images, outputs, height // 2, width // 2)
+    return Pooled(empty_maps(*shape), empty_maps(*shape, dtype=torch.uint8))
 
 
 def _convolve(

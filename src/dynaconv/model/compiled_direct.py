@@ -10,14 +10,14 @@ from collections.abc import Sequence
 import torch
 
 from dynaconv import native
-from dynaconv.model.compiled_maps import FLOATS, LANES, Pooled, address, check, empty_maps, in_pairs, loaded
+from dynaconv.model.compiled_maps import FLOATS, LANES, Pooled, address, check, empty_maps, loaded
 
 DEPTH = 32
 """Channels that one instruction sums over: they are continued to a multiple of it."""
 
-WORTH_MIXING = 512
+WORTH_MIXING = 256
 """Convolutions times places from which on mixing kernels costs less than convolving with each: four 3x3
-kernels are mixed for maps of 16x16, and not for maps of 8x8."""
+kernels are mixed for maps of 8x8, and not for maps of 4x4."""
 
 MOST_MIXED = 8
 """Kernels that are mixed at most: `MOST_KERNELS` of `direct_mix_gradients.c`."""
@@ -87,12 +87,35 @@ def _convolve_mixed(
     height, width = maps.size(into)
     images, outputs = into.numbers.shape[:2]
     shape = native.Shape(images, height, width, maps.numbers.shape[1], outputs, len(kernels))
-    packed, mixing = _packed_together(kernels, turned), in_pairs(weights)
+    packed, factors = _packed_together(kernels, turned), weights.float().contiguous()
     failed = loaded().dynaconv_direct_mix(
-        *(address(each) for each in (*maps, packed, mixing, residual)),
+        *(address(each) for each in (*maps, packed, factors, residual)),
         0 if residual is None else residual.shape[1],
         *(address(each) for each in into),
         shape,
+        torch.get_num_threads(),
+    )
+    check(failed)
+
+
+def convolve_single(
+    inputs: torch.Tensor,
+    kernels: Sequence[torch.Tensor],
+    weights: torch.Tensor,
+    into: Pooled,
+    residual: torch.Tensor | None,
+) -> None:
+    """Writes the mixture of one image, (1, C, H, W), into maps: its kernels are mixed in float32, as they are read."""
+    plain, factors = [kernel.detach().float().contiguous() for kernel in kernels], weights.float().contiguous()
+    failed = loaded().dynaconv_direct_single(
+        inputs.data_ptr(),
+        native.addresses(plain),
+        native.numbers([kernel.shape[-1] for kernel in kernels]),
+        factors.data_ptr(),
+        address(residual),
+        0 if residual is None else residual.shape[1],
+        *(address(each) for each in into),
+        native.Shape(1, *inputs.shape[2:], inputs.shape[1], into.numbers.shape[1], len(kernels)),
         torch.get_num_threads(),
     )
     check(failed)
@@ -106,8 +129,7 @@ def gradients(
     found = [torch.empty(kernel.shape, **FLOATS) for kernel in kernels]
     if mixes(kernels, height, width):
         plain = [kernel.detach().float().contiguous() for kernel in kernels]
-        # As rounded as those that the kernels are mixed with.
-        factors, to_weights = weights.to(torch.bfloat16).float().contiguous(), torch.empty(weights.shape, **FLOATS)
+        factors, to_weights = weights.float().contiguous(), torch.empty(weights.shape, **FLOATS)
         failed = loaded().dynaconv_direct_mix_gradients(
             *(address(each) for each in (inputs, *back)),
             native.addresses(plain),
@@ -134,12 +156,12 @@ def gradients(
 
 
 def _packed_together(kernels: Sequence[torch.Tensor], turned: bool) -> torch.Tensor:
-    """Returns kernels as they are mixed: pairs of kernels, line by line of the tiles that come of it."""
+    """Returns kernels as they are mixed: line by line of the tiles that come of it."""
     outputs, channels = kernels[0].shape[:2]
     rows, columns = (outputs, channels) if turned else (channels, outputs)
     lines = -(-rows // DEPTH) * DEPTH // 2 * 9 * -(-columns // LANES)
     plain = [kernel.detach().float().contiguous() for kernel in kernels]
-    packed = torch.empty(lines * ((len(kernels) + 1) // 2) * 2 * LANES, dtype=torch.int32, device="cpu")
+    packed = torch.empty(lines * len(kernels) * LANES, dtype=torch.int32, device="cpu")
     loaded().dynaconv_pack_kernels(
         native.addresses(plain),
         native.numbers([kernel.shape[-1] for kernel in kernels]),

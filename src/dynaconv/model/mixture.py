@@ -161,7 +161,8 @@ def mix_compiled(
         start = None if residual is None else continue_channels(residual, outputs)
         convolved = (_convolve_directly(inputs, kernels[k]) for k in others)
         residual = _weighted_sum(convolved, weights[:, others].to(inputs.dtype), start)
-    return compiled.mix(inputs, [kernels[k] for k in taken], weights[:, taken], residual, pooled)
+        kernels, weights = [kernels[k] for k in taken], weights[:, taken]
+    return compiled.mix(inputs, kernels, weights, residual, pooled)
 
 
 FORMS = {
@@ -198,9 +199,10 @@ def choose_form(kernel_sizes: Sequence[int], outputs: int, inputs: torch.Tensor)
         narrow = outputs <= 32 and 3 in kernel_sizes and set(kernel_sizes) <= {1, 3}
         narrow = narrow and min(height, width) >= 2 and images > 1
         return "compiled" if narrow and compiled.pays(inputs) else "patches"
+    fits = 3 in kernel_sizes and min(height, width) >= 2 and min(channels, outputs) >= 16 and compiled.pays(inputs)
     if images == 1 and len(kernel_sizes) > 1:
-        return "grouped"
-    if 3 in kernel_sizes and min(height, width) >= 2 and min(channels, outputs) >= 16 and compiled.pays(inputs):
+        return "compiled" if fits and compiled.mixes_single(inputs) and set(kernel_sizes) <= {1, 3} else "grouped"
+    if fits:
         return "compiled"
     if inputs.device.type != "cpu":
         # On an H100 a grouped convolution costs 3.5 direct ones with 64 channels, 7 with 128 and 25 with 256; each

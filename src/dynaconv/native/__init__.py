@@ -25,12 +25,12 @@ import torch
 from dynaconv.folders import cache_folder
 
 SOURCES = (
-    *("direct.c", "direct_gradients.c", "direct_mix.c", "direct_mix_gradients.c", "precise.c"),
+    *("direct.c", "direct_gradients.c", "direct_mix.c", "direct_mix_gradients.c", "direct_single.c", "precise.c"),
     *("tile2.c", "tile4.c", "products.c"),
     *("maps.c", "normalize.c", "shift.c", "stem.c", "transforms.c"),
 )
 HEADERS = (
-    *("matrix.h", "windows.h", "finish.h", "maps.h", "activation.h"),
+    *("matrix.h", "windows.h", "places.h", "finish.h", "maps.h", "activation.h"),
     *("winograd.h", "mix.h", "gradients.h", "products.h"),
 )
 TILES = (2, 4)
@@ -187,6 +187,7 @@ def _load(path: Path) -> ctypes.CDLL:
         loaded.dynaconv_pack_kernels.argtypes = [pointer, pointer, shape, ctypes.c_int, pointer, threads]
         loaded.dynaconv_pack_kernels.restype = None
         loaded.dynaconv_direct_mix.argtypes = [*[pointer] * 5, number, *[pointer] * 2, shape, threads]
+        loaded.dynaconv_direct_single.argtypes = [*[pointer] * 5, number, *[pointer] * 2, shape, threads]
         loaded.dynaconv_direct_mix_gradients.argtypes = [*[pointer] * 6, shape, *[pointer] * 2, threads]
         loaded.dynaconv_direct_gradients.argtypes = [*[pointer] * 4, number, shape, pointer, threads]
     loaded.dynaconv_unpool.argtypes = [*[pointer] * 3, shape, threads]

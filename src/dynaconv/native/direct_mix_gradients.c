@@ -3,78 +3,110 @@
 //   G_n = dY_n * X_n,    dW_k = sum over images of a_nk G_n,    da_nk = <G_n, W_k>
 //
 // A product sums over 32 places of one image. The gradients of a few images' own kernels are made 16 outputs, 32
-// channels and a column of taps at a time and shared out at once, so that they never leave the nearest cache. Each
-// thread has outputs and channels of its own, of all images.
+// channels and three taps at a time and shared out at once, so that they never leave the nearest cache. Each thread has
+// outputs and channels of its own, of all images, and packs what it needs for them: to fetch what another thread has
+// written takes longer than to pack it again.
 //
 // Letters: N images, H W map, C channels in, O channels out, K kernels.
 
-#include "matrix.h"
+#include "places.h"
 
 #ifdef MATRIX_TILES
 
-static const int64_t MOST_SLAB = (int64_t)96 << 20;  // bytes of packed maps at once
+static const int64_t MOST_SLAB = (int64_t)2 << 20;  // bytes of packed maps that a thread works on at once
 enum {
-    MOST_KERNELS = 8,               // whose shares are added up at once
-    TOGETHER = 4,                   // images that are shared out at once
-    COLUMN = 3 * 2 * MATRIX_PAIRS,  // numbers in a column of taps: of 16 outputs and 32 channels
-    BLOCK_NUMBERS = 3 * COLUMN,
+    MOST_KERNELS = 8,              // whose shares are added up at once
+    TOGETHER = 4,                  // images that are shared out at once
+    GROUP = 3 * 2 * MATRIX_PAIRS,  // numbers of three taps: of 16 outputs and 32 channels
+    BLOCK_NUMBERS = 3 * GROUP,
 };
 
-// Maps of one image to (C / 32, 3 moves, 2 halves, pairs of places) lines of 16 pairs: H + 2 rows and 32 places more.
-// A row has an even number of places, so that a pair never lies in two.
-static void pack_place_pairs(const Maps *maps, int64_t image, int64_t lines, uint32_t *to) {
-    for (int64_t c = 0; c < maps->channels; c += MATRIX_DEPTH)
-        for (int64_t move = -1; move <= 1; move++, to += 2 * lines * LANES) {
-            uint32_t *low = to, *high = to + lines * LANES;
-            for (int64_t y = -1; y <= maps->height; y++)
-                for (int64_t x = move; x < maps->width + move; x += 2, low += LANES, high += LANES) {
-                    __m512i a = read_around(maps, image, y, x, c), b = read_around(maps, image, y, x + 1, c);
-                    _mm512_store_si512(low, pair_low(a, b));
-                    _mm512_store_si512(high, pair_high(a, b));
-                }
-            memset(low, 0, MATRIX_ROWS * LANES * 4);
-            memset(high, 0, MATRIX_ROWS * LANES * 4);
-        }
-}
+// How an image is packed in pairs of places, of which a product sums over 16. If the map's rows are whole tiles, a pair
+// is a place and the one below it. Maps lie there once, in lines of 16 channels with zeros to the left and right of a
+// row, and gradients twice: in pairs from even rows on, for the kernel's middle row, and from odd ones, for the others.
+// Else a pair is two places of a row, gradients lie there once, and maps three times, moved by one place each, with
+// zeros where a row ends.
+typedef struct {
+    int64_t upright, moves, lines;  // pairs of rows; times that maps lie there; lines of 16 channels each time
+    int64_t right[3], step;         // lines to each of three groups of taps, and from tap to tap in a group
+    int64_t left[3], tiles;         // tiles of gradients to each group, and all of 16 outputs
+    int64_t rows, across, row;      // of products, and lines from row to row
+    int64_t places;                 // that a row of maps continues to, with the zeros beside it
+} Pairs;
 
-// Gradients of one image to (O / 16, places / 32) left tiles: places side by side, zeros behind the last.
-static void pack_places_beside(const Maps *maps, int64_t image, int64_t chunks, uint32_t *to) {
-    for (int64_t o = 0; o < maps->channels; o += MATRIX_DEPTH, to += 2 * chunks * MATRIX_PAIRS)
-        for (int64_t chunk = 0; chunk < chunks; chunk++) {
-            __m512i low[LANES], high[LANES];
-            for (int64_t pair = 0; pair < MATRIX_ROWS; pair++) {
-                int64_t place = chunk * MATRIX_DEPTH + 2 * pair, y = place / maps->width, x = place % maps->width;
-                __m512i a = read_around(maps, image, y, x, o), b = read_around(maps, image, y, x + 1, o);
-                low[pair] = pair_low(a, b), high[pair] = pair_high(a, b);
-            }
-            transpose(low);
-            transpose(high);
-            for (int64_t i = 0; i < LANES; i++) {
-                _mm512_store_si512(to + chunk * MATRIX_PAIRS + i * LANES, low[i]);
-                _mm512_store_si512(to + (chunks + chunk) * MATRIX_PAIRS + i * LANES, high[i]);
-            }
-        }
-}
-
-// One column of taps of an image's gradient, `COLUMN` numbers. What lies a row of the map below, `step` lines further,
-// is what the next tap takes: it comes from the nearest cache by then.
-static void multiply_column(const uint32_t *left, const uint32_t *right, int64_t chunks, int64_t lines, int64_t step,
-                            float *to) {
-    zero_six();
-    for (int64_t chunk = 0; chunk < chunks; chunk++) {
-        const uint32_t *from = right + chunk * MATRIX_PAIRS;
-        _tile_loadd(6, left + chunk * MATRIX_PAIRS, MATRIX_STRIDE);
-#define MULTIPLY(sum)                                               \
-    _tile_loadd(7, from + ((sum) % 2 * lines + (sum) / 2 * step) * LANES, MATRIX_STRIDE); \
-    _tile_dpbf16ps(sum, 6, 7);
-        MULTIPLY(0)
-        MULTIPLY(1)
-        MULTIPLY(2)
-        MULTIPLY(3)
-        MULTIPLY(4)
-        MULTIPLY(5)
-#undef MULTIPLY
+static Pairs pairs_of(const Shape *s) {
+    int64_t height = s->height, width = s->width, rows = (height + 1) / 2, across = width / MATRIX_ROWS;
+    if (width % MATRIX_ROWS == 0) {
+        int64_t row = width + 2, even = rows * across;
+        return (Pairs){1, 1, rows * row, {0}, 1, {even + across, 0, even}, 2 * even + across, rows, across, row, row};
     }
+    int64_t lines = (height + 2) * width / 2 + MATRIX_ROWS, products = up(height * width, MATRIX_DEPTH) / MATRIX_DEPTH;
+    return (Pairs){0, 3, lines, {0, 2 * lines, 4 * lines}, width / 2, {0}, products, products, 1, MATRIX_ROWS, width};
+}
+
+// Maps of one image, which were not pooled, to (C / 32, moves, 2 halves, lines) pairs.
+static void pack_pairs(const Maps *maps, int64_t image, const Pairs *p, uint32_t *to) {
+    int64_t half = p->lines * LANES, down = p->upright, step = 2 - down, first = down - 1;
+    for (int64_t y = first; y < maps->height + 1 - down; y += 1 + down) {
+        const bf16 *row = row_or_none(maps, image, y), *other = down ? row_or_none(maps, image, y + 1) : row;
+        uint32_t *plane = to, *low = NULL;
+        for (int64_t c = 0; c < maps->channels; c += MATRIX_DEPTH)
+            for (int64_t move = 0; move < p->moves; move++, plane += 2 * half) {
+                low = plane + (y - first) / (1 + down) * (p->places / step) * LANES;
+                for (int64_t i = 0, x = down ? -1 : move - 1; i < p->places; i += step, x += step, low += LANES) {
+                    __m512i a = read_in_row(maps, row, x, c), b = read_in_row(maps, other, x + 1 - down, c);
+                    _mm512_store_si512(low, pair_low(a, b));
+                    _mm512_store_si512(low + half, pair_high(a, b));
+                }
+                if (y + 1 + down < maps->height + 1 - down) continue;
+                memset(low, 0, (plane + half - low) * 4);
+                memset(low + half, 0, (plane + half - low) * 4);
+            }
+    }
+}
+
+// Gradients of one image, 32 outputs from `o`, to two times `tiles` left tiles: places side by side, zeros around.
+static void pack_beside(const Maps *maps, int64_t image, const Pairs *p, int64_t o, uint32_t *to) {
+    int64_t even = p->rows * p->across;
+    for (int64_t tile = 0; tile < p->tiles; tile++, to += MATRIX_PAIRS) {
+        __m512i low[LANES], high[LANES];
+        for (int64_t pair = 0; pair < MATRIX_ROWS; pair++) {
+            int64_t place = tile * MATRIX_DEPTH + 2 * pair, y = place / maps->width, x = place % maps->width;
+            if (p->upright) {
+                x = tile % p->across * MATRIX_ROWS + pair;
+                y = tile < even ? tile / p->across * 2 : (tile - even) / p->across * 2 - 1;
+            }
+            __m512i a = read_around(maps, image, y, x, o);
+            __m512i b = read_around(maps, image, y + p->upright, x + !p->upright, o);
+            low[pair] = pair_low(a, b), high[pair] = pair_high(a, b);
+        }
+        transpose(low);
+        transpose(high);
+        for (int64_t i = 0; i < LANES; i++) {
+            _mm512_store_si512(to + i * LANES, low[i]);
+            _mm512_store_si512(to + p->tiles * MATRIX_PAIRS + i * LANES, high[i]);
+        }
+    }
+}
+
+// Three taps of an image's gradient, `GROUP` numbers.
+static void multiply_group(const uint32_t *left, const uint32_t *right, const Pairs *p, float *to) {
+    zero_six();
+    for (int64_t row = 0; row < p->rows; row++, right += p->row * LANES)
+        for (int64_t product = 0; product < p->across; product++, left += MATRIX_PAIRS) {
+            const uint32_t *from = right + product * MATRIX_PAIRS;
+            _tile_loadd(6, left, MATRIX_STRIDE);
+#define MULTIPLY(sum)                                                                             \
+    _tile_loadd(7, from + ((sum) % 2 * p->lines + (sum) / 2 * p->step) * LANES, MATRIX_STRIDE);   \
+    _tile_dpbf16ps(sum, 6, 7);
+            MULTIPLY(0)
+            MULTIPLY(1)
+            MULTIPLY(2)
+            MULTIPLY(3)
+            MULTIPLY(4)
+            MULTIPLY(5)
+#undef MULTIPLY
+        }
     store_six(to);
     WRITTEN;
 }
@@ -85,10 +117,10 @@ ALWAYS void share_out(const float *gradients, const float *kernels, const float 
                       const int images, const int count) {
     __m512 share[TOGETHER * MOST_KERNELS];
     for (int i = 0; i < images * count; i++) share[i] = _mm512_load_ps(shares + i * LANES);
-    for (int64_t i = 0; i < COLUMN; i += LANES) {
+    for (int64_t i = 0; i < GROUP; i += LANES) {
         __m512 g[TOGETHER];
 #pragma GCC unroll 4
-        for (int n = 0; n < images; n++) g[n] = _mm512_load_ps(gradients + n * COLUMN + i);
+        for (int n = 0; n < images; n++) g[n] = _mm512_load_ps(gradients + n * GROUP + i);
 #pragma GCC unroll 8
         for (int k = 0; k < count; k++) {
             __m512 sum = _mm512_load_ps(sums + k * BLOCK_NUMBERS + i);
@@ -104,28 +136,29 @@ ALWAYS void share_out(const float *gradients, const float *kernels, const float 
     for (int i = 0; i < images * count; i++) _mm512_store_ps(shares + i * LANES, share[i]);
 }
 
-// Where a tap of a kernel lies among the numbers of its block.
-static inline int64_t number_of(int64_t o, int64_t c, int64_t tap) {
-    return tap % 3 * COLUMN + (tap / 3 * 2 + c % MATRIX_DEPTH / LANES) * MATRIX_PAIRS + o % LANES * LANES + c % LANES;
-}
-
-// Brings K kernels, (O, C, side, side), into the order of gradients, (O / 16, C / 32, K, BLOCK_NUMBERS); or `back`.
-static void order_numbers(float *const *kernels, const int64_t *sides, const Shape *s, float *numbers, int back) {
-#pragma omp for schedule(static)
-    for (int64_t o = 0; o < s->outputs; o++)
-        for (int64_t c = 0; c < s->channels; c++)
-            for (int64_t k = 0; k < s->kernels; k++) {
-                int64_t block = o / LANES * blocks_of(s->channels) + c / MATRIX_DEPTH, taps = sides[k] * sides[k];
-                float *kernel = kernels[k] + (o * s->channels + c) * taps;
-                float *here = numbers + (block * s->kernels + k) * BLOCK_NUMBERS;
-                for (int64_t tap = 0; tap < taps; tap++) {
-                    float *number = here + number_of(o, c, taps == 1 ? 4 : tap);  // a kernel of 1x1 is the middle
+// Brings 16 outputs and 32 channels of K kernels, (O, C, side, side), into the order of gradients, (K, BLOCK_NUMBERS);
+// or `back`. A kernel of 1x1 is the middle tap.
+static void order_numbers(float *const *kernels, const int64_t *sides, const Shape *s, const Pairs *p, int64_t first,
+                          int64_t channel, float *numbers, int back) {
+    __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    for (int64_t k = 0; k < s->kernels; k++) {
+        int64_t taps = sides[k] * sides[k];
+        __m512i places = _mm512_mullo_epi32(lanes, _mm512_set1_epi32((int)taps));
+        for (int64_t o = first; o < least(first + LANES, s->outputs); o++)
+            for (int64_t c = channel; c < least(channel + MATRIX_DEPTH, s->channels); c += LANES)
+                for (int64_t i = 0; i < taps; i++) {
+                    int64_t tap = taps == 1 ? TAPS / 2 : i, row = tap / 3, column = tap % 3;
+                    int64_t group = p->upright ? row : column, of_group = p->upright ? column : row;
+                    float *here = numbers + k * BLOCK_NUMBERS + group * GROUP +
+                                  (of_group * 2 + (c - channel) / LANES) * MATRIX_PAIRS + (o - first) * LANES;
+                    float *kernel = kernels[k] + (o * s->channels + c) * taps + i;
+                    __mmask16 mask = lanes_left(s->channels - c);
                     if (back)
-                        kernel[tap] = *number;
+                        _mm512_mask_i32scatter_ps(kernel, mask, places, _mm512_load_ps(here), 4);
                     else
-                        *number = kernel[tap];
+                        _mm512_store_ps(here, _mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask, places, kernel, 4));
                 }
-            }
+    }
 }
 
 // The gradients of `dynaconv_direct_mix` with x from that of its result, dy, or what max-pooling left of it, with its
@@ -134,68 +167,80 @@ static void order_numbers(float *const *kernels, const int64_t *sides, const Sha
 int dynaconv_direct_mix_gradients(const bf16 *x, const bf16 *dy, const uint8_t *places, const float *const *kernels,
                                   const int64_t *sides, const float *weights, const Shape *s, float *const *to_kernels,
                                   float *to_weights, int threads) {
-    int64_t blocks = blocks_of(s->channels), outputs = up(s->outputs, MATRIX_DEPTH) / LANES, count = s->kernels;
-    int64_t chunks = up(s->height * s->width, MATRIX_DEPTH) / MATRIX_DEPTH;
-    int64_t lines = (s->height + 2) * s->width / 2 + MATRIX_ROWS;
-    int64_t of_x = blocks * 6 * lines * LANES, of_dy = outputs * chunks * MATRIX_PAIRS, block = count * BLOCK_NUMBERS;
-    int64_t slab = most(1, least(s->images, MOST_SLAB / ((of_x + of_dy) * 4)));
-    uint32_t *maps = aligned_alloc(64, slab * (of_x + of_dy) * 4), *back = maps + slab * of_x;
-    float *sums = zeros(outputs * blocks * block), *plain = zeros(outputs * blocks * block);
-    float *all_shares = zeros(threads * s->images * count * LANES);
+    int64_t blocks = blocks_of(s->channels), count = s->kernels, parts = (s->outputs + LANES - 1) / LANES * blocks;
+    int64_t block = count * BLOCK_NUMBERS, shared = s->images * count * LANES;
+    Pairs pairs = pairs_of(s);
+    int64_t of_block = pairs.moves * 2 * pairs.lines * LANES, of_outputs = pairs.tiles * MATRIX_PAIRS;
     Maps inputs = {x, NULL, s->height, s->width, s->channels}, outer = {dy, places, s->height, s->width, s->outputs};
-    int failed = !maps || !sums || !plain || !all_shares;
-    if (!failed) {
-#pragma omp parallel num_threads(threads)
-        {
-            float *shares = all_shares + omp_get_thread_num() * s->images * count * LANES;
-            float gradients[TOGETHER * COLUMN] __attribute__((aligned(64)));
-            MatrixConfig before;
-            take_tiles(&before);
-            order_numbers((float *const *)kernels, sides, s, plain, 0);
-            for (int64_t first = 0; first < s->images; first += slab) {
-                int64_t images = least(slab, s->images - first);
-#pragma omp for schedule(static)
-                for (int64_t i = 0; i < images; i++) {
-                    pack_place_pairs(&inputs, first + i, lines, maps + i * of_x);
-                    pack_places_beside(&outer, first + i, chunks, back + i * of_dy);
-                }
-                WRITTEN;
-#pragma omp for schedule(static)
-                for (int64_t part = 0; part < outputs * blocks; part++)
-                    for (int64_t i = 0; i < images; i += TOGETHER)
-                        for (int64_t column = 0; column < 3; column++) {
-                            int64_t o = part / blocks, c = part % blocks, at = part * block + column * COLUMN;
-                            int64_t here = least(TOGETHER, images - i);
-                            for (int64_t n = 0; n < here; n++)
-                                multiply_column(back + (i + n) * of_dy + o * chunks * MATRIX_PAIRS,
-                                                maps + (i + n) * of_x + (c * 3 + column) * 2 * lines * LANES, chunks,
-                                                lines, s->width / 2, gradients + n * COLUMN);
-                            const float *factors = weights + (first + i) * count;
-                            float *share = shares + (first + i) * count * LANES;
-#define SHARE(images, count) share_out(gradients, plain + at, factors, sums + at, share, images, count)
-                            if (here == TOGETHER && count == 2)
-                                SHARE(TOGETHER, 2);
-                            else if (here == TOGETHER && count == 4)
-                                SHARE(TOGETHER, 4);
-                            else
-                                SHARE((int)here, (int)count);
-#undef SHARE
+    float *all_shares = zeros(threads * shared);
+    int failed = !all_shares;
+    if (failed) return failed;
+#pragma omp parallel num_threads(threads) reduction(| : failed)
+    {
+        // From this part to that one, with all channels of the first and the last output.
+        int64_t team = omp_get_num_threads(), self = omp_get_thread_num();
+        int64_t from = parts * self / team, to = parts * (self + 1) / team;
+        int64_t first_pair = from / blocks / 2, outputs = to > from ? (to - 1) / blocks / 2 + 1 - first_pair : 0;
+        int64_t of_x = blocks * of_block, of_image = of_x + outputs * 2 * of_outputs;
+        int64_t slab = least(s->images, most(1, MOST_SLAB / (of_image * 4) / TOGETHER) * TOGETHER);
+        uint32_t *maps = aligned_alloc(64, most(1, slab) * of_image * 4);
+        float *sums = zeros((to - from) * block), *plain = zeros((to - from) * block);
+        float *shares = all_shares + self * shared, gradients[TOGETHER * GROUP] __attribute__((aligned(64)));
+        MatrixConfig before;
+        int ready = maps && sums && plain;
+        failed = !ready;
+        take_tiles(&before);
+        for (int64_t part = from; ready && part < to; part++)
+            order_numbers((float *const *)kernels, sides, s, &pairs, part / blocks * LANES,
+                          part % blocks * MATRIX_DEPTH, plain + (part - from) * block, 0);
+        for (int64_t first = 0; ready && from < to && first < s->images; first += slab) {
+            int64_t images = least(slab, s->images - first);
+            for (int64_t i = 0; i < images; i++) {
+                pack_pairs(&inputs, first + i, &pairs, maps + i * of_image);
+                for (int64_t o = 0; o < outputs; o++)
+                    pack_beside(&outer, first + i, &pairs, (first_pair + o) * MATRIX_DEPTH,
+                                maps + i * of_image + of_x + o * 2 * of_outputs);
+            }
+            WRITTEN;
+            for (int64_t part = from; part < to; part++)
+                for (int64_t i = 0; i < images; i += TOGETHER)
+                    for (int64_t group = 0; group < 3; group++) {
+                        int64_t o = part / blocks - 2 * first_pair, c = part % blocks;
+                        int64_t here = least(TOGETHER, images - i), at = (part - from) * block + group * GROUP;
+                        for (int64_t n = 0; n < here; n++) {
+                            const uint32_t *image = maps + (i + n) * of_image;
+                            multiply_group(image + of_x + o * of_outputs + pairs.left[group] * MATRIX_PAIRS,
+                                           image + c * of_block + pairs.right[group] * LANES, &pairs,
+                                           gradients + n * GROUP);
                         }
-            }
-            give_tiles_back(&before);
-            order_numbers(to_kernels, sides, s, sums, 1);
+                        const float *factors = weights + (first + i) * count;
+                        float *share = shares + (first + i) * count * LANES;
+#define SHARE(images, count) share_out(gradients, plain + at, factors, sums + at, share, images, count)
+                        if (here == TOGETHER && count == 2)
+                            SHARE(TOGETHER, 2);
+                        else if (here == TOGETHER && count == 4)
+                            SHARE(TOGETHER, 4);
+                        else
+                            SHARE((int)here, (int)count);
+#undef SHARE
+                    }
+        }
+        give_tiles_back(&before);
+        for (int64_t part = from; ready && part < to; part++)
+            order_numbers(to_kernels, sides, s, &pairs, part / blocks * LANES, part % blocks * MATRIX_DEPTH,
+                          sums + (part - from) * block, 1);
+        free(maps);
+        free(sums);
+        free(plain);
+#pragma omp barrier
 #pragma omp for schedule(static)
-            for (int64_t i = 0; i < s->images * count; i++) {
-                __m512 sum = _mm512_setzero_ps();
-                for (int64_t t = 0; t < threads; t++)
-                    sum = _mm512_add_ps(sum, _mm512_load_ps(all_shares + (t * s->images * count + i) * LANES));
-                to_weights[i] = _mm512_reduce_add_ps(sum);
-            }
+        for (int64_t i = 0; i < s->images * count; i++) {
+            __m512 sum = _mm512_setzero_ps();
+            for (int64_t t = 0; t < team; t++)
+                sum = _mm512_add_ps(sum, _mm512_load_ps(all_shares + t * shared + i * LANES));
+            to_weights[i] = _mm512_reduce_add_ps(sum);
         }
     }
-    free(maps);
-    free(sums);
-    free(plain);
     free(all_shares);
     return failed;
 }

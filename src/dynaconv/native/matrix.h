@@ -69,10 +69,13 @@ ALWAYS void store_six(float *to) {
 
 static inline int64_t blocks_of(int64_t channels) { return (channels + MATRIX_DEPTH - 1) / MATRIX_DEPTH; }
 
+ALWAYS __mmask32 numbers_left(int64_t left) {
+    return left >= MATRIX_DEPTH ? 0xffffffff : ((__mmask32)1 << left) - 1;
+}
+
 // 32 channels from `channel` at a place inside the map.
 ALWAYS __m512i read_numbers(const Maps *maps, int64_t image, int64_t y, int64_t x, int64_t channel) {
-    int64_t left = maps->channels - channel;
-    __mmask32 mask = left >= MATRIX_DEPTH ? 0xffffffff : ((__mmask32)1 << left) - 1;
+    __mmask32 mask = numbers_left(maps->channels - channel);
     if (!maps->places)
         return _mm512_maskz_loadu_epi16(
             mask, maps->numbers + ((image * maps->height + y) * maps->width + x) * maps->channels + channel);
@@ -88,6 +91,22 @@ ALWAYS __m512i read_numbers(const Maps *maps, int64_t image, int64_t y, int64_t 
 ALWAYS __m512i read_around(const Maps *maps, int64_t image, int64_t y, int64_t x, int64_t channel) {
     if (y < 0 || y >= maps->height || x < 0 || x >= maps->width) return _mm512_setzero_si512();
     return read_numbers(maps, image, y, x, channel);
+}
+
+// A row of maps that were not pooled, or none outside the map. The row after the next is fetched from memory meanwhile,
+// which takes several times as long as to use it.
+ALWAYS const bf16 *row_or_none(const Maps *maps, int64_t image, int64_t y) {
+    int64_t numbers = maps->width * maps->channels;
+    const bf16 *row = maps->numbers + (image * maps->height + y) * numbers;
+    for (int64_t i = 0; i < numbers; i += MATRIX_DEPTH)
+        _mm_prefetch((const char *)(row + 2 * numbers + i), _MM_HINT_T0);
+    return y >= 0 && y < maps->height ? row : NULL;
+}
+
+// 32 channels of it, zeros outside.
+ALWAYS __m512i read_in_row(const Maps *maps, const bf16 *row, int64_t x, int64_t channel) {
+    if (!row || x < 0 || x >= maps->width) return _mm512_setzero_si512();
+    return _mm512_maskz_loadu_epi16(numbers_left(maps->channels - channel), row + x * maps->channels + channel);
 }
 
 ALWAYS __m512 low_half(__m512i numbers) {

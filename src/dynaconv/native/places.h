@@ -1,0 +1,109 @@
+// Convolutions of one image with a kernel of its own on matrix tiles: a product's 16 rows are 16 places of the image,
+// one after the other along its rows.
+
+#pragma once
+
+#include "matrix.h"
+
+#ifdef MATRIX_TILES
+
+enum { TAPS = 9 };
+
+// How the maps of an image are packed: in planes of 32 channels, with zeros around. If the map's rows are whole tiles,
+// the places to the left of 16 are 16 lines of the same plane. Else there are three planes, moved by one place each, in
+// which zeros stand where a row ends.
+typedef struct {
+    int64_t moves, row, numbers;  // planes of the same channels, lines in a row, numbers in a plane
+} Planes;
+
+static Planes planes_of(const Shape *s) {
+    if (s->width % MATRIX_ROWS == 0) return (Planes){1, s->width + 2, (s->height + 2) * (s->width + 2) * MATRIX_DEPTH};
+    int64_t places = up(s->height * s->width, MATRIX_ROWS);  // the last tile may go on behind the map
+    return (Planes){3, s->width, (places + 2 * s->width) * MATRIX_DEPTH};
+}
+
+// An image's maps to (C / 32, moves) planes.
+static void pack_planes(const Maps *maps, int64_t image, const Planes *planes, bf16 *to) {
+    for (int64_t y = -1; y <= maps->height; y++) {
+        const bf16 *row = maps->places ? NULL : row_or_none(maps, image, y);
+        bf16 *plane = to;
+        for (int64_t c = 0; c < maps->channels; c += MATRIX_DEPTH)
+            for (int64_t left = -1; left < planes->moves - 1; left++, plane += planes->numbers) {
+                bf16 *line = plane + (y + 1) * planes->row * MATRIX_DEPTH, *end = plane + planes->numbers;
+                for (int64_t x = left; x < left + planes->row; x++, line += MATRIX_DEPTH)
+                    _mm512_store_si512(line, maps->places ? read_around(maps, image, y, x, c)
+                                                          : read_in_row(maps, row, x, c));
+                if (y == maps->height && line < end) memset(line, 0, (end - line) * 2);
+            }
+    }
+}
+
+// The sums of an image for 16 outputs, from its packed maps and its kernel, which was just written: (places, 16).
+static void multiply_image(const bf16 *maps, const Planes *planes, const Shape *s, const uint32_t *kernel,
+                           float *sums) {
+    int64_t places = s->height * s->width, blocks = blocks_of(s->channels), taps[TAPS];
+    for (int64_t tap = 0; tap < TAPS; tap++)
+        taps[tap] = tap / 3 * planes->row * MATRIX_DEPTH +
+                    (planes->moves == 1 ? tap % 3 * MATRIX_DEPTH : tap % 3 * planes->numbers);
+    WRITTEN;
+    for (int64_t place = 0; place < places; place += 4 * MATRIX_ROWS, sums += 4 * MATRIX_PAIRS) {
+        int64_t tiles = (places - place + MATRIX_ROWS - 1) / MATRIX_ROWS;
+        const bf16 *at[4];
+        for (int64_t i = 0; i < 4; i++) {
+            int64_t first = place + i * MATRIX_ROWS;
+            at[i] = maps + (first / s->width * planes->row + first % s->width) * MATRIX_DEPTH;
+        }
+        const uint32_t *right = kernel;
+        zero_four();
+        for (int64_t block = 0; block < blocks; block++)
+            for (int64_t tap = 0; tap < TAPS; tap++, right += MATRIX_PAIRS) {
+                int64_t there = block * planes->moves * planes->numbers + taps[tap];
+                _tile_loadd(4, right, MATRIX_STRIDE);
+#define MULTIPLY(i, left)                                \
+    if (tiles > i) {                                     \
+        _tile_loadd(left, at[i] + there, MATRIX_STRIDE); \
+        _tile_dpbf16ps(i, left, 4);                      \
+    }
+                MULTIPLY(0, 5)
+                MULTIPLY(1, 6)
+                MULTIPLY(2, 7)
+                MULTIPLY(3, 5)
+#undef MULTIPLY
+            }
+        store_four(sums);
+    }
+    WRITTEN;
+}
+
+// What is done with the sums of an image for 32 outputs from `o`: (2, places, 16), and so many more that 2x2 places
+// can be read from the last one on.
+ALWAYS void finish_places(const float *sums, int64_t places, const Shape *s, int64_t image, int64_t o,
+                          const Finish *finish, const int pooled, const int added) {
+    for (int64_t y = 0; y < s->height; y += 2)
+        for (int64_t x = 0; x < s->width; x += 2) {
+            __m512 low[4], high[4];
+#pragma GCC unroll 4
+            for (int j = 0; j < 4; j++) {  // behind the map lie places that nothing is made of
+                const float *sum = sums + ((y + j / 2) * s->width + x + j % 2) * LANES;
+                low[j] = _mm512_load_ps(sum), high[j] = _mm512_load_ps(sum + places * LANES);
+            }
+            finish_outputs(low, high, s, image, y, x, o, _mm512_set1_ps(1), NULL, 0, finish, pooled, added, 0);
+        }
+}
+
+static void finish_image(const float *sums, int64_t places, const Shape *s, int64_t image, int64_t o,
+                         const Finish *finish) {
+    int added = finish->residual && o < finish->residual->channels;
+#define FINISH(pooled, added) finish_places(sums, places, s, image, o, finish, pooled, added)
+    if (finish->places && added)
+        FINISH(1, 1);
+    else if (finish->places)
+        FINISH(1, 0);
+    else if (added)
+        FINISH(0, 1);
+    else
+        FINISH(0, 0);
+#undef FINISH
+}
+
+#endif
