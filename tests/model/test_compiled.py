@@ -37,6 +37,8 @@ CASES = [
     (3, 320, 304, 9, 3, (3,)),  # the same of one kernel, with tiles of 4
     (3, 40, 80, 13, 10, (3, 3, 3, 3)),  # large enough to be mixed on matrix tiles: places beyond the last whole tile
     (20, 48, 32, 12, 12, (3, 3, 1, 3, 3)),  # the same, more kernels than are shared out by a loop of their own
+    (6, 40, 48, 17, 16, (3, 3)),  # the same, rows that are whole tiles, and an odd number of them
+    (9, 33, 70, 5, 32, (3, 3, 3, 3)),  # the same, two tiles in a row
 ]
 
 SINGLE = [
@@ -198,8 +200,9 @@ def test_pooling_lets_no_nan_disappear():
 
 @needs_library
 @pytest.mark.parametrize("threads", [1, 2, 5])
-def test_any_number_of_threads(threads, tile):
-    case = make_case(40, 24, 40, 9, 9, (3, 1, 3))[:3]
+@pytest.mark.parametrize("size", [(9, 9), (12, 16), (14, 20)], ids=str)
+def test_any_number_of_threads(threads, size, tile):
+    case = make_case(40, 24, 40, *size, (3, 1, 3))[:3]
     before = torch.get_num_threads()
     outcomes = []
     try:
@@ -254,9 +257,7 @@ def test_what_it_is_not_made_for_goes_elsewhere():
     assert choose_form((5, 5), 32, maps) != "compiled"
     assert choose_form((3, 3), 32, maps[:, :, :1]) != "compiled"
     assert choose_form((3, 3), 8, maps) != "compiled"
-    assert (
-        choose_form((3, 3), 32, maps[:1]) == "grouped"
-    )  # one image: its kernels are mixed once, by torch for training
+    assert choose_form((3, 3), 32, maps[:1]) == "grouped"  # one image, with gradients
 
 
 @needs_library
@@ -374,7 +375,9 @@ def test_a_block_takes_a_single_image_through_it_where_nothing_is_trained():
             assert distance(block(image, pooled=True), expected) < 1e-2
     with torch.inference_mode():
         assert block.form_for(image) == "grouped"  # in float32
-    assert choose_form((5, 3), 40, image.bfloat16()) == "grouped"
+        assert choose_form((3, 3), 40, image.bfloat16()) == "compiled"
+        assert choose_form((5, 3), 40, image.bfloat16()) == "grouped"
+        assert choose_form((3, 3), 40, torch.zeros(1, 64, 96, 96).bfloat16()) == "grouped"  # a large map
 
 
 @pytest.mark.parametrize(

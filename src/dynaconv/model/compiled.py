@@ -26,8 +26,8 @@ from dynaconv.model.layout import continue_channels
 DIRECT = 1
 """The tile of a convolution that is computed directly, place by place."""
 
-MOST_PLACES = 64 * 64
-"""Places of a single image's map up to which its kernels are mixed as they are read."""
+MOST_NUMBERS = 64 * 64 * 64
+"""Numbers in a single image's map up to which its kernels are mixed as they are read."""
 
 
 def computes(inputs: torch.Tensor) -> bool:
@@ -48,9 +48,9 @@ def pays(inputs: torch.Tensor) -> bool:
 def mixes_single(inputs: torch.Tensor) -> bool:
     """Tells whether `mix` mixes the kernels of a single image as it reads them: on matrix tiles, without gradients.
 
-    On large maps there is little to gain, and all places are held in working space at once.
+    On large maps there is little to gain, and every thread holds all of them in its working space.
     """
-    if len(inputs) != 1 or torch.is_grad_enabled() or inputs.shape[2] * inputs.shape[3] > MOST_PLACES:
+    if len(inputs) != 1 or torch.is_grad_enabled() or inputs.numel() > MOST_NUMBERS:
         return False
     return computes(inputs) and native.has_matrix_tiles()
 
@@ -73,12 +73,13 @@ def mix(
             tiles of the algorithm are whole windows.
 
     Returns:
-        (N, O, H, W) bfloat16, channels innermost; pooled (N, O, H / 2, W / 2). Can be differentiated once.
+        (N, O, H, W) bfloat16, channels innermost; pooled (N, O, H / 2, W / 2). Can be differentiated once, backwards.
 
     Raises:
         ValueError: the shapes do not fit, or maps that are pooled are lower or narrower than two places.
     Cost: N*C*O*H*W*9/4 multiply-adds by tiles of 4x4, N*C*O*H*W*4 by those of 2x2 (see `pick_tile`), of mixed kernels
-    K*N*C*O*36 or K*N*C*O*16 more; N*C*O*H*W*9 directly, times K or K*N*C*O*9 more, whichever takes less time. Keeps
+    K*N*C*O*36 or K*N*C*O*16 more; N*C*O*H*W*9 directly, times K or K*N*C*O*9 more, whichever takes less time. Of a
+    single image (`mixes_single`) it is reading the kernels, fastest from float32 in torch's usual order. Keeps
     nothing but its arguments, and where pooled a byte for every number of the result, for the backward pass.
     """
     _check_shapes(inputs, kernels, weights, residual, pooled)

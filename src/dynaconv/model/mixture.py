@@ -189,9 +189,10 @@ def choose_form(kernel_sizes: Sequence[int], outputs: int, inputs: torch.Tensor)
     The rule is what `benchmarks/mixture.py` measured in float32 on two CPU cores, with one direct convolution as the
     unit. The literal form costs the area of all kernels over that of the largest. The grouped form costs one
     convolution and the mixing of the kernels, which weighs the more, the fewer places a kernel is used at; on a single
-    image it always wins. Winograd's costs its transforms and a part of the literal one, the smaller, the wider the
-    block, in training only: the backward pass gains the most. The images themselves, with three channels or one, go
-    through patches, or in bfloat16 into a narrow block through the compiled form.
+    image it wins, unless the compiled form mixes the kernels as it reads them. Winograd's costs its transforms and a
+    part of the literal one, the smaller, the wider the block, in training only: the backward pass gains the most. The
+    images themselves, with three channels or one, go through patches, or in bfloat16 into a narrow block through the
+    compiled form.
     """
     images, channels, height, width = inputs.shape
     if inputs.device.type == "cpu" and channels <= 3 and not inputs.requires_grad:

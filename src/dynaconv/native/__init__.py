@@ -30,7 +30,7 @@ SOURCES = (
     *("maps.c", "normalize.c", "shift.c", "stem.c", "transforms.c"),
 )
 HEADERS = (
-    *("matrix.h", "windows.h", "places.h", "finish.h", "maps.h", "activation.h"),
+    *("matrix.h", "pack.h", "windows.h", "places.h", "finish.h", "maps.h", "activation.h"),
     *("winograd.h", "mix.h", "gradients.h", "products.h"),
 )
 TILES = (2, 4)

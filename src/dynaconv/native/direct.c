@@ -4,6 +4,7 @@
 //
 // Letters: N images, H W map, C channels in, O channels out.
 
+#include "pack.h"
 #include "windows.h"
 
 #ifdef MATRIX_TILES
@@ -12,27 +13,12 @@
 // outputs. `turned`, for the backward pass, C and O are exchanged and the kernel is turned by half a turn.
 void dynaconv_pack_kernel(const float *kernel, int64_t side, const Shape *s, int turned, uint32_t *to, int threads) {
     int64_t taps = side * side, channels = turned ? s->outputs : s->channels;
-    int64_t outputs = turned ? s->channels : s->outputs, blocks = blocks_of(channels);
-    int64_t row_step = (turned ? s->channels : 1) * taps, step = (turned ? 1 : s->channels) * taps;
-    __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    __m512i places = _mm512_mullo_epi32(lanes, _mm512_set1_epi32((int)step));
-    __m512 zero = _mm512_setzero_ps();
+    int64_t outputs = turned ? s->channels : s->outputs, of_outputs = blocks_of(channels) * taps * MATRIX_PAIRS;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t o = 0; o < outputs; o += LANES)
-        for (int64_t block = 0; block < blocks; block++)
-            for (int64_t tap = 0; tap < taps; tap++)
-                for (int64_t pair = 0; pair < MATRIX_ROWS; pair++) {
-                    __m512 half[2];
-                    for (int i = 0; i < 2; i++) {
-                        int64_t channel = block * MATRIX_DEPTH + 2 * pair + i;
-                        __mmask16 mask = channel < channels ? lanes_left(outputs - o) : 0;
-                        const float *from = kernel + (mask ? o * step + channel * row_step : 0);
-                        half[i] = _mm512_mask_i32gather_ps(zero, mask, places,
-                                                           from + (turned ? taps - 1 - tap : tap), 4);
-                    }
-                    int64_t tile = (o / LANES * blocks + block) * taps + tap;
-                    _mm512_storeu_si512(to + tile * MATRIX_PAIRS + pair * LANES, interleave(half[0], half[1]));
-                }
+        for (int64_t c = 0; c < channels; c += MATRIX_DEPTH)
+            pack_kernel(kernel, taps, s, turned, o, c, LANES,
+                        to + o / LANES * of_outputs + c / MATRIX_DEPTH * taps * MATRIX_PAIRS);
 }
 
 // One row of the maps of 16 images, or fewer, to (W, C / 32) left tiles.

@@ -2,7 +2,7 @@
 //
 //   W_n = a_n1 W_1 + ... + a_nK W_K
 //
-// mixed 16 outputs at a time into the nearest caches and used up there, place by place (`places.h`).
+// mixed 32 outputs of a few images at a time, and used up within the caches, place by place (`places.h`).
 //
 // Letters: N images, H W map, C channels in, O channels out, K kernels.
 
@@ -18,31 +18,21 @@ enum { TOGETHER = 4 };                              // images whose kernels are 
 void dynaconv_pack_kernels(const float *const *kernels, const int64_t *sides, const Shape *s, int turned, uint32_t *to,
                            int threads) {
     int64_t channels = turned ? s->outputs : s->channels, outputs = turned ? s->channels : s->outputs;
-    int64_t blocks = blocks_of(channels), lines = blocks * TAPS * MATRIX_ROWS;
-    __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
+    int64_t apart = s->kernels * LANES, tile = MATRIX_ROWS * apart, of_outputs = blocks_of(channels) * TAPS * tile;
 #pragma omp parallel for num_threads(threads) schedule(static)
     for (int64_t o = 0; o < outputs; o += LANES)
-        for (int64_t line = 0; line < lines; line++)
+        for (int64_t c = 0; c < channels; c += MATRIX_DEPTH)
             for (int64_t k = 0; k < s->kernels; k++) {
-                int64_t tap = line / MATRIX_ROWS % TAPS, taps = sides[k] * sides[k];
-                int64_t row_step = (turned ? s->channels : 1) * taps, step = (turned ? 1 : s->channels) * taps;
-                int64_t place = taps == 1 ? 0 : turned ? TAPS - 1 - tap : tap;
-                __m512i places = _mm512_mullo_epi32(lanes, _mm512_set1_epi32((int)step));
-                __m512 half[2];
-                for (int64_t i = 0; i < 2; i++) {
-                    int64_t channel = line / (TAPS * MATRIX_ROWS) * MATRIX_DEPTH + line % MATRIX_ROWS * 2 + i;
-                    int there = channel < channels && (taps > 1 || tap == TAPS / 2);
-                    half[i] = _mm512_setzero_ps();
-                    if (there)
-                        half[i] = _mm512_mask_i32gather_ps(half[i], lanes_left(outputs - o), places,
-                                                           kernels[k] + o * step + channel * row_step + place, 4);
-                }
-                _mm512_storeu_si512(to + ((o / LANES * lines + line) * s->kernels + k) * LANES,
-                                    interleave(half[0], half[1]));
+                uint32_t *block = to + o / LANES * of_outputs + c / MATRIX_DEPTH * TAPS * tile + k * LANES;
+                int64_t taps = sides[k] * sides[k];
+                for (int64_t line = 0; taps == 1 && line < TAPS * MATRIX_ROWS; line++)
+                    _mm512_store_si512(block + line * apart, _mm512_setzero_si512());
+                pack_kernel(kernels[k], taps, s, turned, o, c, apart, block + (taps == 1 ? TAPS / 2 * tile : 0));
             }
 }
 
-// Two sums to pairs in bfloat16, rounded to the nearest: a third of what the processor's own instruction takes.
+// Two sums to pairs in bfloat16, rounded to the nearest, halves away from zero, in less time than the processor's own
+// instruction takes. Infinities stay, and NaNs, but for those whose bits are nearly all ones.
 ALWAYS __m512i rounded_pairs(__m512 low, __m512 high) {
     const __m512i half = _mm512_set1_epi32(0x8000), upper = _mm512_set1_epi32((int)0xffff0000);
     __m512i a = _mm512_srli_epi32(_mm512_add_epi32(_mm512_castps_si512(low), half), 16);

@@ -4,7 +4,7 @@
 //
 // A product sums over 32 places of one image. The gradients of a few images' own kernels are made 16 outputs, 32
 // channels and three taps at a time and shared out at once, so that they never leave the nearest cache. Each thread has
-// outputs and channels of its own, of all images, and packs what it needs for them: to fetch what another thread has
+// outputs and channels of its own, of all images, and packs the maps for itself alone: to fetch what another thread has
 // written takes longer than to pack it again.
 //
 // Letters: N images, H W map, C channels in, O channels out, K kernels.
@@ -13,7 +13,7 @@
 
 #ifdef MATRIX_TILES
 
-static const int64_t MOST_SLAB = (int64_t)2 << 20;  // bytes of packed maps that a thread works on at once
+static const int64_t MOST_SLAB = (int64_t)2 << 20;  // bytes of packed maps that a thread works on at once, if four images have no more
 enum {
     MOST_KERNELS = 8,              // whose shares are added up at once
     TOGETHER = 4,                  // images that are shared out at once
@@ -44,13 +44,14 @@ static Pairs pairs_of(const Shape *s) {
     return (Pairs){0, 3, lines, {0, 2 * lines, 4 * lines}, width / 2, {0}, products, products, 1, MATRIX_ROWS, width};
 }
 
-// Maps of one image, which were not pooled, to (C / 32, moves, 2 halves, lines) pairs.
-static void pack_pairs(const Maps *maps, int64_t image, const Pairs *p, uint32_t *to) {
+// Maps of one image, which were not pooled, `blocks` times 32 channels, to (blocks, moves, 2 halves, lines) pairs.
+static void pack_pairs(const Maps *maps, int64_t image, const Pairs *p, int64_t first_block, int64_t blocks,
+                       uint32_t *to) {
     int64_t half = p->lines * LANES, down = p->upright, step = 2 - down, first = down - 1;
     for (int64_t y = first; y < maps->height + 1 - down; y += 1 + down) {
         const bf16 *row = row_or_none(maps, image, y), *other = down ? row_or_none(maps, image, y + 1) : row;
         uint32_t *plane = to, *low = NULL;
-        for (int64_t c = 0; c < maps->channels; c += MATRIX_DEPTH)
+        for (int64_t c = first_block * MATRIX_DEPTH; c < (first_block + blocks) * MATRIX_DEPTH; c += MATRIX_DEPTH)
             for (int64_t move = 0; move < p->moves; move++, plane += 2 * half) {
                 low = plane + (y - first) / (1 + down) * (p->places / step) * LANES;
                 for (int64_t i = 0, x = down ? -1 : move - 1; i < p->places; i += step, x += step, low += LANES) {
@@ -140,34 +141,38 @@ ALWAYS void share_out(const float *gradients, const float *kernels, const float 
 // or `back`. A kernel of 1x1 is the middle tap.
 static void order_numbers(float *const *kernels, const int64_t *sides, const Shape *s, const Pairs *p, int64_t first,
                           int64_t channel, float *numbers, int back) {
-    __m512i lanes = _mm512_set_epi32(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-    for (int64_t k = 0; k < s->kernels; k++) {
-        int64_t taps = sides[k] * sides[k];
-        __m512i places = _mm512_mullo_epi32(lanes, _mm512_set1_epi32((int)taps));
+    for (int64_t k = 0; k < s->kernels; k++, numbers += BLOCK_NUMBERS)
         for (int64_t o = first; o < least(first + LANES, s->outputs); o++)
-            for (int64_t c = channel; c < least(channel + MATRIX_DEPTH, s->channels); c += LANES)
+            for (int64_t c = channel; c < least(channel + MATRIX_DEPTH, s->channels); c += LANES) {
+                int64_t taps = sides[k] * sides[k], left = s->channels - c;
+                float *kernel = kernels[k] + (o * s->channels + c) * taps, *here[TAPS];
                 for (int64_t i = 0; i < taps; i++) {
                     int64_t tap = taps == 1 ? TAPS / 2 : i, row = tap / 3, column = tap % 3;
                     int64_t group = p->upright ? row : column, of_group = p->upright ? column : row;
-                    float *here = numbers + k * BLOCK_NUMBERS + group * GROUP +
-                                  (of_group * 2 + (c - channel) / LANES) * MATRIX_PAIRS + (o - first) * LANES;
-                    float *kernel = kernels[k] + (o * s->channels + c) * taps + i;
-                    __mmask16 mask = lanes_left(s->channels - c);
-                    if (back)
-                        _mm512_mask_i32scatter_ps(kernel, mask, places, _mm512_load_ps(here), 4);
-                    else
-                        _mm512_store_ps(here, _mm512_mask_i32gather_ps(_mm512_setzero_ps(), mask, places, kernel, 4));
+                    here[i] = numbers + group * GROUP + (of_group * 2 + (c - channel) / LANES) * MATRIX_PAIRS +
+                              (o - first) * LANES;
                 }
-    }
+                __m512i square[LANES];
+                for (int i = 0; i < LANES; i++)
+                    square[i] = back ? i < taps ? _mm512_load_si512(here[i]) : _mm512_setzero_si512()
+                                     : _mm512_maskz_loadu_epi32(i < left ? lanes_left(taps) : 0, kernel + i * taps);
+                transpose(square);
+                for (int64_t i = 0; !back && i < taps; i++) _mm512_store_si512(here[i], square[i]);
+                for (int64_t i = 0; back && i < least(left, LANES); i++)
+                    _mm512_mask_storeu_epi32(kernel + i * taps, lanes_left(taps), square[i]);
+            }
 }
 
 // The gradients of `dynaconv_direct_mix` with x from that of its result, dy, or what max-pooling left of it, with its
 // places: towards the kernels, (O, C, side, side) float32 each, and towards the weights, (N, K) float32.
 // At most `MOST_KERNELS` kernels; W is even. Returns 0, or 1 where memory is short.
+#define OUTPUT_OF(part) (pairs.upright ? (part) / blocks : (part) % groups)
+#define BLOCK_OF(part) (pairs.upright ? (part) % blocks : (part) / groups)
 int dynaconv_direct_mix_gradients(const bf16 *x, const bf16 *dy, const uint8_t *places, const float *const *kernels,
                                   const int64_t *sides, const float *weights, const Shape *s, float *const *to_kernels,
                                   float *to_weights, int threads) {
-    int64_t blocks = blocks_of(s->channels), count = s->kernels, parts = (s->outputs + LANES - 1) / LANES * blocks;
+    int64_t blocks = blocks_of(s->channels), groups = (s->outputs + LANES - 1) / LANES, parts = groups * blocks;
+    int64_t count = s->kernels;
     int64_t block = count * BLOCK_NUMBERS, shared = s->images * count * LANES;
     Pairs pairs = pairs_of(s);
     int64_t of_block = pairs.moves * 2 * pairs.lines * LANES, of_outputs = pairs.tiles * MATRIX_PAIRS;
@@ -177,11 +182,15 @@ int dynaconv_direct_mix_gradients(const bf16 *x, const bf16 *dy, const uint8_t *
     if (failed) return failed;
 #pragma omp parallel num_threads(threads) reduction(| : failed)
     {
-        // From this part to that one, with all channels of the first and the last output.
+        // From this part to that one: all channels of some outputs, or where maps lie there three times all outputs of
+        // some channels.
         int64_t team = omp_get_num_threads(), self = omp_get_thread_num();
-        int64_t from = parts * self / team, to = parts * (self + 1) / team;
-        int64_t first_pair = from / blocks / 2, outputs = to > from ? (to - 1) / blocks / 2 + 1 - first_pair : 0;
-        int64_t of_x = blocks * of_block, of_image = of_x + outputs * 2 * of_outputs;
+        int64_t from = parts * self / team, to = parts * (self + 1) / team, inner = pairs.upright ? blocks : groups;
+        int64_t first_outer = from / inner, outer_count = to > from ? (to - 1) / inner + 1 - first_outer : 0;
+        int64_t first_block = pairs.upright ? 0 : first_outer, first_pair = pairs.upright ? first_outer / 2 : 0;
+        int64_t own_blocks = pairs.upright ? blocks : outer_count;
+        int64_t own_pairs = pairs.upright ? (first_outer + outer_count + 1) / 2 - first_pair : (groups + 1) / 2;
+        int64_t of_x = own_blocks * of_block, of_image = of_x + own_pairs * 2 * of_outputs;
         int64_t slab = least(s->images, most(1, MOST_SLAB / (of_image * 4) / TOGETHER) * TOGETHER);
         uint32_t *maps = aligned_alloc(64, most(1, slab) * of_image * 4);
         float *sums = zeros((to - from) * block), *plain = zeros((to - from) * block);
@@ -191,13 +200,13 @@ int dynaconv_direct_mix_gradients(const bf16 *x, const bf16 *dy, const uint8_t *
         failed = !ready;
         take_tiles(&before);
         for (int64_t part = from; ready && part < to; part++)
-            order_numbers((float *const *)kernels, sides, s, &pairs, part / blocks * LANES,
-                          part % blocks * MATRIX_DEPTH, plain + (part - from) * block, 0);
+            order_numbers((float *const *)kernels, sides, s, &pairs, OUTPUT_OF(part) * LANES,
+                          BLOCK_OF(part) * MATRIX_DEPTH, plain + (part - from) * block, 0);
         for (int64_t first = 0; ready && from < to && first < s->images; first += slab) {
             int64_t images = least(slab, s->images - first);
             for (int64_t i = 0; i < images; i++) {
-                pack_pairs(&inputs, first + i, &pairs, maps + i * of_image);
-                for (int64_t o = 0; o < outputs; o++)
+                pack_pairs(&inputs, first + i, &pairs, first_block, own_blocks, maps + i * of_image);
+                for (int64_t o = 0; o < own_pairs; o++)
                     pack_beside(&outer, first + i, &pairs, (first_pair + o) * MATRIX_DEPTH,
                                 maps + i * of_image + of_x + o * 2 * of_outputs);
             }
@@ -205,7 +214,7 @@ int dynaconv_direct_mix_gradients(const bf16 *x, const bf16 *dy, const uint8_t *
             for (int64_t part = from; part < to; part++)
                 for (int64_t i = 0; i < images; i += TOGETHER)
                     for (int64_t group = 0; group < 3; group++) {
-                        int64_t o = part / blocks - 2 * first_pair, c = part % blocks;
+                        int64_t o = OUTPUT_OF(part) - 2 * first_pair, c = BLOCK_OF(part) - first_block;
                         int64_t here = least(TOGETHER, images - i), at = (part - from) * block + group * GROUP;
                         for (int64_t n = 0; n < here; n++) {
                             const uint32_t *image = maps + (i + n) * of_image;
@@ -227,7 +236,7 @@ int dynaconv_direct_mix_gradients(const bf16 *x, const bf16 *dy, const uint8_t *
         }
         give_tiles_back(&before);
         for (int64_t part = from; ready && part < to; part++)
-            order_numbers(to_kernels, sides, s, &pairs, part / blocks * LANES, part % blocks * MATRIX_DEPTH,
+            order_numbers(to_kernels, sides, s, &pairs, OUTPUT_OF(part) * LANES, BLOCK_OF(part) * MATRIX_DEPTH,
                           sums + (part - from) * block, 1);
         free(maps);
         free(sums);

@@ -36,23 +36,6 @@ static void mix_rows(const float *const *kernels, const int64_t *sides, const fl
     }
 }
 
-// 32 channels of these rows to 9 right tiles of 16 pairs of channels and 16 outputs, by way of (288, 16) `columns`.
-static void pack_rows(const float *rows, int64_t length, float *columns, uint32_t *to) {
-    for (int64_t first = 0; first < BLOCK; first += LANES) {
-        __m512i square[LANES];
-#pragma GCC unroll 16
-        for (int i = 0; i < LANES; i++) square[i] = _mm512_loadu_si512(rows + i * length + first);
-        transpose(square);
-#pragma GCC unroll 16
-        for (int i = 0; i < LANES; i++) _mm512_store_si512(columns + (first + i) * LANES, square[i]);
-    }
-    for (int64_t tap = 0; tap < TAPS; tap++)
-        for (int64_t pair = 0; pair < MATRIX_ROWS; pair++, to += LANES) {
-            const float *even = columns + (2 * pair * TAPS + tap) * LANES;
-            _mm512_store_si512(to, interleave(_mm512_load_ps(even), _mm512_load_ps(even + TAPS * LANES)));
-        }
-}
-
 // The mixture of x, (H, W, C), into y, (H, W, O).
 //   kernels   (O, C, side, side) each, side 3 or 1
 //   weights   (K,)
@@ -67,12 +50,12 @@ int dynaconv_direct_single(const bf16 *x, const float *const *kernels, const int
     Planes planes = planes_of(s);
     Maps inputs = {x, NULL, s->height, s->width, s->channels};
     Maps added = {residual, NULL, s->height, s->width, residual_channels};
-    int failed = 0;
-#pragma omp parallel num_threads(threads) reduction(| : failed)
+    int tasks = (int)((s->outputs + 2 * LANES - 1) / (2 * LANES)), failed = 0;
+#pragma omp parallel num_threads(threads < tasks ? threads : tasks) reduction(| : failed)
     {
         bf16 *maps = aligned_alloc(64, blocks * planes.moves * planes.numbers * 2);
         float *sums = zeros((2 * places + spare) * LANES), *rows = zeros(LANES * length);
-        float *columns = aligned_alloc(64, BLOCK * LANES * 4);
+        float *columns = aligned_alloc(64, COLUMNS * 4);
         uint32_t *mixed = aligned_alloc(64, blocks * TAPS * MATRIX_PAIRS * 4);
         Finish finish = {1, residual ? &added : NULL, NULL, y, y_places};
         MatrixConfig before;
@@ -84,10 +67,12 @@ int dynaconv_direct_single(const bf16 *x, const float *const *kernels, const int
 #pragma omp for schedule(dynamic, 1)
         for (int64_t o = 0; o < s->outputs; o += 2 * LANES) {
             if (!ready) continue;
-            for (int64_t half = 0; half < 2; half++) {
+            for (int64_t half = 0; half < 2 && o + half * LANES < s->outputs; half++) {
                 mix_rows(kernels, sides, weights, s, o + half * LANES, length, rows);
-                for (int64_t block = 0; block < blocks; block++)
-                    pack_rows(rows + block * BLOCK, length, columns, mixed + block * TAPS * MATRIX_PAIRS);
+                for (int64_t block = 0; block < blocks; block++) {
+                    columns_of_rows(rows + block * BLOCK, length, LANES, BLOCK, TAPS, columns);
+                    pair_columns(columns, TAPS, LANES, mixed + block * TAPS * MATRIX_PAIRS);
+                }
                 multiply_image(maps, &planes, s, mixed, sums + half * places * LANES);
             }
             finish_image(sums, places, s, 0, o, &finish);

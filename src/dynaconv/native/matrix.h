@@ -165,8 +165,7 @@ static inline void transpose(__m512i r[LANES]) {
 ALWAYS __m512 finish_outputs(__m512 low[4], __m512 high[4], const Shape *s, int64_t image, int64_t y, int64_t x,
                              int64_t o, __m512 scale, const bf16 *const *beside, int64_t there, const Finish *finish,
                              const int pooled, const int added, const int probed) {
-    int64_t left = s->outputs - o;
-    __mmask32 mask = left >= 32 ? 0xffffffff : ((__mmask32)1 << left) - 1;
+    __mmask32 mask = numbers_left(s->outputs - o);
     __m512 product = _mm512_setzero_ps();
 #pragma GCC unroll 4
     for (int j = 0; j < 4; j++) {

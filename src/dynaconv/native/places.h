@@ -3,11 +3,9 @@
 
 #pragma once
 
-#include "matrix.h"
+#include "pack.h"
 
 #ifdef MATRIX_TILES
-
-enum { TAPS = 9 };
 
 // How the maps of an image are packed: in planes of 32 channels, with zeros around. If the map's rows are whole tiles,
 // the places to the left of 16 are 16 lines of the same plane. Else there are three planes, moved by one place each, in
