@@ -37,7 +37,7 @@ KERNEL_SIZES = ((3, 3), (3, 1), (3, 3, 3, 3))
 """Sides of the K kernels of a block."""
 DRAWN = [(64, 64, 32), (128, 128, 16), (256, 256, 8), (512, 512, 4)]
 ROUNDS, WARMING = 5, 3
-"""How often each contender is timed, and how often it runs before: the first times the system still hands out memory."""
+"""How often each contender is timed, and how often it runs before, while the system still hands out memory."""
 
 DEVICE = torch.device(sys.argv[1] if len(sys.argv) > 1 else "cpu")
 CUDA = DEVICE.type == "cuda"

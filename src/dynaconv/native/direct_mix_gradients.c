@@ -13,7 +13,7 @@
 
 #ifdef MATRIX_TILES
 
-static const int64_t MOST_SLAB = (int64_t)2 << 20;  // bytes of packed maps that a thread works on at once, if four images have no more
+static const int64_t MOST_SLAB = (int64_t)2 << 20;  // bytes of packed maps that a thread works on, or four images' maps
 enum {
     MOST_KERNELS = 8,              // whose shares are added up at once
     TOGETHER = 4,                  // images that are shared out at once
@@ -163,11 +163,13 @@ static void order_numbers(float *const *kernels, const int64_t *sides, const Sha
             }
 }
 
+// Which 16 outputs and 32 channels a part is: neighbours share what lies packed most often.
+#define OUTPUT_OF(part) (pairs.upright ? (part) / blocks : (part) % groups)
+#define BLOCK_OF(part) (pairs.upright ? (part) % blocks : (part) / groups)
+
 // The gradients of `dynaconv_direct_mix` with x from that of its result, dy, or what max-pooling left of it, with its
 // places: towards the kernels, (O, C, side, side) float32 each, and towards the weights, (N, K) float32.
 // At most `MOST_KERNELS` kernels; W is even. Returns 0, or 1 where memory is short.
-#define OUTPUT_OF(part) (pairs.upright ? (part) / blocks : (part) % groups)
-#define BLOCK_OF(part) (pairs.upright ? (part) % blocks : (part) / groups)
 int dynaconv_direct_mix_gradients(const bf16 *x, const bf16 *dy, const uint8_t *places, const float *const *kernels,
                                   const int64_t *sides, const float *weights, const Shape *s, float *const *to_kernels,
                                   float *to_weights, int threads) {
@@ -182,7 +184,7 @@ int dynaconv_direct_mix_gradients(const bf16 *x, const bf16 *dy, const uint8_t *
     if (failed) return failed;
 #pragma omp parallel num_threads(threads) reduction(| : failed)
     {
-        // From this part to that one: all channels of some outputs, or where maps lie there three times all outputs of
+        // From this part to that one: all channels of some outputs or, where maps lie there three times, all outputs of
         // some channels.
         int64_t team = omp_get_num_threads(), self = omp_get_thread_num();
         int64_t from = parts * self / team, to = parts * (self + 1) / team, inner = pairs.upright ? blocks : groups;

@@ -1,6 +1,6 @@
-// Kernels, (O, C, taps) float32 with 9 taps or one, to right tiles: 16 outputs and 32 channels at a time, by way of columns
-// of 16 outputs for each channel and tap. Squares of 16 by 16 are transposed in registers; to gather a column's numbers
-// one by one would take three times as long.
+// Kernels, (O, C, taps) float32 with 9 taps or one, to right tiles: 16 outputs and 32 channels at a time, by way of
+// columns of 16 outputs for each channel and tap. Squares of 16 by 16 are transposed in registers; to gather a column's
+// numbers one by one would take three times as long.
 
 #pragma once
 
@@ -50,8 +50,8 @@ static void pair_columns(const float *columns, int64_t taps, int64_t apart, uint
         }
 }
 
-// Outputs from `o` and channels from `channel` of a kernel; `turned`, for the backward pass, of the kernel that has C and O
-// exchanged and is turned by half a turn.
+// Outputs from `o` and channels from `channel` of a kernel; `turned`, for the backward pass, of the kernel that has C and
+// O exchanged and is turned by half a turn.
 static void pack_kernel(const float *kernel, int64_t taps, const Shape *s, int turned, int64_t o, int64_t channel,
                         int64_t apart, uint32_t *to) {
     float columns[COLUMNS] __attribute__((aligned(64)));
