@@ -13,9 +13,8 @@ def coursework() -> Recipe:
     RandomAffine also mirrors, unlike the coursework's; `--flip 0` leaves it out (docs/decisions/0008-mirror.md).
 
     Command: dynaconv train coursework --data cifar10
-    Cost: 17 minutes on two cores with matrix tiles (AMX), slowed by others, 13 before; 43 minutes with AVX2 in float32
-    when nothing else runs, 1.1 GB of memory, 59 minutes in the mean of the measured runs, two of which shared the
-    machine.
+    Cost: 17 minutes on two cores with matrix tiles (AMX), slowed by others; 43 minutes with AVX2 in float32, alone, 1.1
+    GB of memory, 59 minutes in the mean of the measured runs, two of which shared the machine.
     Result on CIFAR-10: 87.91% of the test images, 88.35% of the validation images, 3 seeds in float32
     (benchmarks/results/coursework.json); 88.20% in bfloat16, 1 seed (coursework-bfloat16.json).
     """

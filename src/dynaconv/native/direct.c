@@ -35,21 +35,8 @@ static void multiply_window(const Window *w, int64_t blocks, const uint32_t *ker
     zero_four();
     WRITTEN;
     for (int64_t block = 0; block < blocks; block++)
-        for (int64_t tap = 0; tap < w->taps; tap++, kernel += MATRIX_PAIRS) {
-            const bf16 *const *at = w->at[tap];
-            int64_t there = block * 2 * MATRIX_PAIRS;
-            _tile_loadd(4, kernel, MATRIX_STRIDE);
-#define MULTIPLY(i, left)                                 \
-    if (at[i]) {                                          \
-        _tile_loadd(left, at[i] + there, MATRIX_STRIDE);  \
-        _tile_dpbf16ps(i, left, 4);                       \
-    }
-            MULTIPLY(0, 5)
-            MULTIPLY(1, 6)
-            MULTIPLY(2, 7)
-            MULTIPLY(3, 5)
-#undef MULTIPLY
-        }
+        for (int64_t tap = 0; tap < w->taps; tap++, kernel += MATRIX_PAIRS)
+            multiply_four(w->at[tap], block * 2 * MATRIX_PAIRS, kernel);
     store_four(sums);
     WRITTEN;
 }

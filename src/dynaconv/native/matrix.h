@@ -55,6 +55,20 @@ ALWAYS void zero_six(void) {
     _tile_zero(4);
     _tile_zero(5);
 }
+// Adds the products of left tiles, those that are there, `there` numbers further on, and one right tile.
+ALWAYS void multiply_four(const bf16 *const at[4], int64_t there, const uint32_t *right) {
+    _tile_loadd(4, right, MATRIX_STRIDE);
+#define MULTIPLY(i, left)                                \
+    if (at[i]) {                                         \
+        _tile_loadd(left, at[i] + there, MATRIX_STRIDE); \
+        _tile_dpbf16ps(i, left, 4);                      \
+    }
+    MULTIPLY(0, 5)
+    MULTIPLY(1, 6)
+    MULTIPLY(2, 7)
+    MULTIPLY(3, 5)
+#undef MULTIPLY
+}
 ALWAYS void store_four(float *to) {
     _tile_stored(0, to, MATRIX_STRIDE);
     _tile_stored(1, to + MATRIX_PAIRS, MATRIX_STRIDE);

@@ -45,29 +45,16 @@ static void multiply_image(const bf16 *maps, const Planes *planes, const Shape *
                     (planes->moves == 1 ? tap % 3 * MATRIX_DEPTH : tap % 3 * planes->numbers);
     WRITTEN;
     for (int64_t place = 0; place < places; place += 4 * MATRIX_ROWS, sums += 4 * MATRIX_PAIRS) {
-        int64_t tiles = (places - place + MATRIX_ROWS - 1) / MATRIX_ROWS;
         const bf16 *at[4];
         for (int64_t i = 0; i < 4; i++) {
             int64_t first = place + i * MATRIX_ROWS;
-            at[i] = maps + (first / s->width * planes->row + first % s->width) * MATRIX_DEPTH;
+            at[i] = first < places ? maps + (first / s->width * planes->row + first % s->width) * MATRIX_DEPTH : NULL;
         }
         const uint32_t *right = kernel;
         zero_four();
         for (int64_t block = 0; block < blocks; block++)
-            for (int64_t tap = 0; tap < TAPS; tap++, right += MATRIX_PAIRS) {
-                int64_t there = block * planes->moves * planes->numbers + taps[tap];
-                _tile_loadd(4, right, MATRIX_STRIDE);
-#define MULTIPLY(i, left)                                \
-    if (tiles > i) {                                     \
-        _tile_loadd(left, at[i] + there, MATRIX_STRIDE); \
-        _tile_dpbf16ps(i, left, 4);                      \
-    }
-                MULTIPLY(0, 5)
-                MULTIPLY(1, 6)
-                MULTIPLY(2, 7)
-                MULTIPLY(3, 5)
-#undef MULTIPLY
-            }
+            for (int64_t tap = 0; tap < TAPS; tap++, right += MATRIX_PAIRS)
+                multiply_four(at, block * planes->moves * planes->numbers + taps[tap], right);
         store_four(sums);
     }
     WRITTEN;
