@@ -16,6 +16,7 @@ import stat
 import subprocess
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -35,7 +36,7 @@ HEADERS = (
 )
 TILES = (2, 4)
 """Sides of the tiles of outputs that the convolution is compiled for."""
-FLAGS = ("-O3", "-march=native", "-fopenmp", "-shared", "-fPIC")
+FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC")
 BUILD_SECONDS = 120
 """A build takes seconds; one that hangs must not hold up a training for ever."""
 
@@ -157,12 +158,18 @@ def _built() -> Path:
     if not target.exists():
         here = Path(__file__).parent
         # Into a name of its own first: another process may be building, or loading, the same one.
-        with tempfile.TemporaryDirectory(dir=target.parent) as directory:
+        with tempfile.TemporaryDirectory(dir=target.parent) as directory, ThreadPoolExecutor(os.cpu_count()) as pool:
             made = Path(directory) / target.name
-            command = [*compiler, *FLAGS, *(str(here / name) for name in SOURCES), "-o", str(made)]
-            subprocess.run(command, capture_output=True, timeout=BUILD_SECONDS, check=True)
+            objects = [str(Path(directory) / f"{name}.o") for name in SOURCES]
+            steps = [["-c", str(here / name), "-o", each] for name, each in zip(SOURCES, objects, strict=True)]
+            list(pool.map(_compile, [compiler] * len(steps), steps))
+            _compile(compiler, ["-shared", *objects, "-o", str(made)])
             made.replace(target)
     return target
+
+
+def _compile(compiler: list[str], arguments: list[str]) -> None:
+    subprocess.run([*compiler, *FLAGS, *arguments], capture_output=True, timeout=BUILD_SECONDS, check=True)
 
 
 def _load(path: Path) -> ctypes.CDLL:
