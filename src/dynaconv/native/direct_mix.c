@@ -10,7 +10,7 @@
 
 #ifdef MATRIX_TILES
 
-static const int64_t MOST_MAPS = (int64_t)1 << 20;  // bytes of packed maps that a thread works on at once
+static const int64_t MOST_MAPS = (int64_t)3 << 18;  // bytes of packed maps that a thread works on at once
 enum { TOGETHER = 4 };                              // images whose kernels are mixed at once
 
 // K kernels, (O, C, side, side) float32, side 3 or 1, to (O / 16, C / 32, 9, 16, K, 16) pairs: for each line of a right
@@ -62,12 +62,20 @@ ALWAYS void mix_lines(const uint32_t *kernels, const float *weights, int64_t lin
 static void mix(const uint32_t *kernels, const float *weights, int64_t lines, int64_t apart, uint32_t *to, int images,
                 int count) {
 #define MIX(images, count) mix_lines(kernels, weights, lines, apart, to, images, count)
-    if (images == TOGETHER && count == 2)
-        MIX(TOGETHER, 2);
-    else if (images == TOGETHER && count == 4)
-        MIX(TOGETHER, 4);
-    else
+#define MIX_SOME(images)      \
+    if (count == 2)           \
+        MIX(images, 2);       \
+    else if (count == 4)      \
+        MIX(images, 4);       \
+    else                      \
         MIX(images, count);
+    switch (images) {  // a loop of unknown length would take several times as long
+        case 1: MIX_SOME(1) break;
+        case 2: MIX_SOME(2) break;
+        case 3: MIX_SOME(3) break;
+        default: MIX_SOME(TOGETHER)
+    }
+#undef MIX_SOME
 #undef MIX
 }
 
@@ -80,16 +88,19 @@ int dynaconv_direct_mix(const bf16 *x, const uint8_t *x_places, const uint32_t *
     int64_t blocks = blocks_of(s->channels), count = s->kernels, lines = blocks * TAPS * MATRIX_ROWS;
     int64_t places = up(s->height * s->width, 64), spare = 2 * s->width + 2;
     Planes planes = planes_of(s);
-    int64_t packed = blocks * planes.moves * planes.numbers;
-    // So many images that the kernels, which come from far, are fetched for each few of them only.
-    int64_t each = most(1, least((s->images + threads - 1) / threads, MOST_MAPS / (packed * 2)));
-    int64_t tasks = (s->images + each - 1) / each;
+    int64_t packed = blocks * planes.moves * planes.numbers, of_kernels = up(s->outputs, LANES) * lines * count * 4;
+    // As many tasks for each thread. One has so many images that their maps stay near, or more where the kernels, which
+    // are fetched for every task, are much larger.
+    int64_t together = least(TOGETHER, most(1, (s->images + threads - 1) / threads));
+    int64_t some = (s->images + together - 1) / together;
+    int64_t each = most(1, most(MOST_MAPS, of_kernels / 4) / (packed * 2) / together);
+    int64_t tasks = least(some, up((some + each - 1) / each, threads)), room = (some + tasks - 1) / tasks * together;
     Maps inputs = {x, x_places, s->height, s->width, s->channels};
     Maps added = {residual, residual == x ? x_places : NULL, s->height, s->width, residual_channels};
     int failed = 0;
 #pragma omp parallel num_threads(threads) reduction(| : failed)
     {
-        bf16 *maps = aligned_alloc(64, each * packed * 2);
+        bf16 *maps = aligned_alloc(64, room * packed * 2);
         float *sums = zeros((2 * places + spare) * LANES);
         uint32_t *mixed = aligned_alloc(64, TOGETHER * 2 * lines * LANES * 4);
         Finish finish = {1, residual ? &added : NULL, NULL, y, y_places};
@@ -100,20 +111,18 @@ int dynaconv_direct_mix(const bf16 *x, const uint8_t *x_places, const uint32_t *
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < tasks; task++) {
             if (!ready) continue;
-            int64_t first = task * each, last = least(s->images, first + each);
+            int64_t first = some * task / tasks * together;
+            int64_t last = least(s->images, some * (task + 1) / tasks * together);
             for (int64_t image = first; image < last; image++)
                 pack_planes(&inputs, image, &planes, maps + (image - first) * packed);
             for (int64_t o = 0; o < s->outputs; o += 2 * LANES)
-                for (int64_t some = first; some < last; some += TOGETHER) {
-                    int64_t here = least(TOGETHER, last - some), halves = o + LANES < s->outputs ? 2 : 1;
-                    mix(kernels + o / LANES * lines * count * LANES, weights + some * count, halves * lines,
+                for (int64_t image = first; image < last; image += together) {
+                    int64_t here = least(together, last - image), halves = o + LANES < s->outputs ? 2 : 1;
+                    mix(kernels + o / LANES * lines * count * LANES, weights + image * count, halves * lines,
                         2 * lines * LANES, mixed, (int)here, (int)count);
-                    for (int64_t i = 0; i < here; i++) {
-                        for (int64_t half = 0; half < halves; half++)
-                            multiply_image(maps + (some + i - first) * packed, &planes, s,
-                                           mixed + (2 * i + half) * lines * LANES, sums + half * places * LANES);
-                        finish_image(sums, places, s, some + i, o, &finish);
-                    }
+                    for (int64_t i = 0; i < here; i++)
+                        convolve_image(maps + (image + i - first) * packed, &planes, s, mixed + 2 * i * lines * LANES,
+                                       halves, sums, image + i, o, &finish);
                 }
         }
         give_tiles_back(&before);

@@ -13,7 +13,7 @@
 
 #ifdef MATRIX_TILES
 
-static const int64_t MOST_SLAB = (int64_t)2 << 20;  // bytes of packed maps that a thread works on, or four images' maps
+static const int64_t MOST_SLAB = (int64_t)3 << 19;  // bytes of packed maps that a thread works on, or four images' maps
 enum {
     MOST_KERNELS = 8,              // whose shares are added up at once
     TOGETHER = 4,                  // images that are shared out at once
@@ -66,27 +66,55 @@ static void pack_pairs(const Maps *maps, int64_t image, const Pairs *p, int64_t 
     }
 }
 
+// Lines of 16 pairs of places, 16 outputs each, to a left tile.
+ALWAYS void store_tile(__m512i pairs[LANES], uint32_t *to) {
+    transpose(pairs);
+#pragma GCC unroll 16
+    for (int i = 0; i < LANES; i++) _mm512_store_si512(to + i * LANES, pairs[i]);
+}
+
+// Two left tiles, of 32 outputs from `o`: 16 places from (y, x) on, each with the one below. Where no tile above has
+// had these rows, those after the next are fetched from memory meanwhile.
+ALWAYS void pack_below(const Maps *maps, int64_t image, int64_t y, int64_t x, int64_t o, int fresh, uint32_t *low_to,
+                       uint32_t *high_to) {
+    const bf16 *at = maps->numbers + ((image * maps->height + y) * maps->width + x) * maps->channels + o;
+    int64_t below = maps->width * maps->channels;
+    __mmask32 mask = numbers_left(maps->channels - o), upper = y >= 0 && y < maps->height ? mask : 0;
+    __mmask32 lower = y + 1 < maps->height ? mask : 0;
+    __m512i low[LANES], high[LANES];
+#pragma GCC unroll 16
+    for (int pair = 0; pair < MATRIX_ROWS; pair++, at += maps->channels) {
+        if (fresh) {
+            _mm_prefetch((const char *)(at + 2 * below), _MM_HINT_T0);
+            _mm_prefetch((const char *)(at + 3 * below), _MM_HINT_T0);
+        }
+        __m512i a = _mm512_maskz_loadu_epi16(upper, at), b = _mm512_maskz_loadu_epi16(lower, at + below);
+        low[pair] = pair_low(a, b), high[pair] = pair_high(a, b);
+    }
+    store_tile(low, low_to);
+    store_tile(high, high_to);
+}
+
 // Gradients of one image, 32 outputs from `o`, to two times `tiles` left tiles: places side by side, zeros around.
 static void pack_beside(const Maps *maps, int64_t image, const Pairs *p, int64_t o, uint32_t *to) {
-    int64_t even = p->rows * p->across;
+    int64_t even = p->rows * p->across, second = p->tiles * MATRIX_PAIRS;
     for (int64_t tile = 0; tile < p->tiles; tile++, to += MATRIX_PAIRS) {
+        int64_t row = tile < even ? tile / p->across * 2 : (tile - even) / p->across * 2 - 1;
+        int64_t column = tile % p->across * MATRIX_ROWS;
+        if (p->upright && !maps->places) {
+            pack_below(maps, image, row, column, o, tile < even, to, to + second);
+            continue;
+        }
         __m512i low[LANES], high[LANES];
         for (int64_t pair = 0; pair < MATRIX_ROWS; pair++) {
-            int64_t place = tile * MATRIX_DEPTH + 2 * pair, y = place / maps->width, x = place % maps->width;
-            if (p->upright) {
-                x = tile % p->across * MATRIX_ROWS + pair;
-                y = tile < even ? tile / p->across * 2 : (tile - even) / p->across * 2 - 1;
-            }
+            int64_t place = tile * MATRIX_DEPTH + 2 * pair;
+            int64_t y = p->upright ? row : place / maps->width, x = p->upright ? column + pair : place % maps->width;
             __m512i a = read_around(maps, image, y, x, o);
             __m512i b = read_around(maps, image, y + p->upright, x + !p->upright, o);
             low[pair] = pair_low(a, b), high[pair] = pair_high(a, b);
         }
-        transpose(low);
-        transpose(high);
-        for (int64_t i = 0; i < LANES; i++) {
-            _mm512_store_si512(to + i * LANES, low[i]);
-            _mm512_store_si512(to + p->tiles * MATRIX_PAIRS + i * LANES, high[i]);
-        }
+        store_tile(low, to);
+        store_tile(high, to + second);
     }
 }
 
@@ -113,8 +141,8 @@ static void multiply_group(const uint32_t *left, const uint32_t *right, const Pa
 }
 
 // Adds the gradients of `images` images, times their weights, to those of `count` kernels, and their inner products
-// with the kernels to `shares`, a vector for each image and kernel.
-ALWAYS void share_out(const float *gradients, const float *kernels, const float *weights, float *sums, float *shares,
+// with the kernels, which lie in pairs, to `shares`, a vector for each image and kernel.
+ALWAYS void share_out(const float *gradients, const uint32_t *kernels, const float *weights, float *sums, float *shares,
                       const int images, const int count) {
     __m512 share[TOGETHER * MOST_KERNELS];
     for (int i = 0; i < images * count; i++) share[i] = _mm512_load_ps(shares + i * LANES);
@@ -124,8 +152,9 @@ ALWAYS void share_out(const float *gradients, const float *kernels, const float 
         for (int n = 0; n < images; n++) g[n] = _mm512_load_ps(gradients + n * GROUP + i);
 #pragma GCC unroll 8
         for (int k = 0; k < count; k++) {
+            __m512i pair = _mm512_load_si512(kernels + k / 2 * BLOCK_NUMBERS + i);
+            __m512 kernel = k % 2 ? second_of(pair) : first_of(pair);
             __m512 sum = _mm512_load_ps(sums + k * BLOCK_NUMBERS + i);
-            __m512 kernel = _mm512_load_ps(kernels + k * BLOCK_NUMBERS + i);
 #pragma GCC unroll 4
             for (int n = 0; n < images; n++) {
                 sum = _mm512_fmadd_ps(_mm512_set1_ps(weights[n * count + k]), g[n], sum);
@@ -137,29 +166,51 @@ ALWAYS void share_out(const float *gradients, const float *kernels, const float 
     for (int i = 0; i < images * count; i++) _mm512_store_ps(shares + i * LANES, share[i]);
 }
 
-// Brings 16 outputs and 32 channels of K kernels, (O, C, side, side), into the order of gradients, (K, BLOCK_NUMBERS);
-// or `back`. A kernel of 1x1 is the middle tap.
-static void order_numbers(float *const *kernels, const int64_t *sides, const Shape *s, const Pairs *p, int64_t first,
-                          int64_t channel, float *numbers, int back) {
-    for (int64_t k = 0; k < s->kernels; k++, numbers += BLOCK_NUMBERS)
+// Where 16 channels of an output, both counted from a part's first, and a tap lie among the part's `BLOCK_NUMBERS`.
+ALWAYS int64_t line_of(const Pairs *p, int64_t tap, int64_t output, int64_t channel) {
+    int64_t row = tap / 3, column = tap % 3, group = p->upright ? row : column, of_group = p->upright ? column : row;
+    return group * GROUP + (of_group * 2 + channel / LANES) * MATRIX_PAIRS + output * LANES;
+}
+
+// 16 outputs and 32 channels of K kernels, (O, C, side, side), to the order of gradients in pairs of kernels,
+// (K / 2, BLOCK_NUMBERS), of which those are written that there are. A kernel of 1x1 is the middle tap.
+static void pair_kernels(const float *const *kernels, const int64_t *sides, const Shape *s, const Pairs *p,
+                         int64_t first, int64_t channel, uint32_t *to) {
+    for (int64_t k = 0; k < s->kernels; k += 2, to += BLOCK_NUMBERS)
         for (int64_t o = first; o < least(first + LANES, s->outputs); o++)
             for (int64_t c = channel; c < least(channel + MATRIX_DEPTH, s->channels); c += LANES) {
-                int64_t taps = sides[k] * sides[k], left = s->channels - c;
-                float *kernel = kernels[k] + (o * s->channels + c) * taps, *here[TAPS];
-                for (int64_t i = 0; i < taps; i++) {
-                    int64_t tap = taps == 1 ? TAPS / 2 : i, row = tap / 3, column = tap % 3;
-                    int64_t group = p->upright ? row : column, of_group = p->upright ? column : row;
-                    here[i] = numbers + group * GROUP + (of_group * 2 + (c - channel) / LANES) * MATRIX_PAIRS +
-                              (o - first) * LANES;
+                __m512i taps[2][LANES] = {0};
+                for (int64_t j = 0; j < 2 && k + j < s->kernels; j++) {
+                    int64_t step = sides[k + j] * sides[k + j], middle = step == 1 ? TAPS / 2 : 0;
+                    const float *kernel = kernels[k + j] + (o * s->channels + c) * step;
+                    __m512i square[LANES];
+                    for (int i = 0; i < LANES; i++)
+                        square[i] =
+                            _mm512_maskz_loadu_epi32(c + i < s->channels ? lanes_left(step) : 0, kernel + i * step);
+                    transpose(square);
+                    for (int64_t i = 0; i < step; i++) taps[j][middle + i] = square[i];
                 }
-                __m512i square[LANES];
-                for (int i = 0; i < LANES; i++)
-                    square[i] = back ? i < taps ? _mm512_load_si512(here[i]) : _mm512_setzero_si512()
-                                     : _mm512_maskz_loadu_epi32(i < left ? lanes_left(taps) : 0, kernel + i * taps);
+                for (int64_t tap = 0; tap < TAPS; tap++)
+                    _mm512_store_si512(
+                        to + line_of(p, tap, o - first, c - channel),
+                        interleave(_mm512_castsi512_ps(taps[0][tap]), _mm512_castsi512_ps(taps[1][tap])));
+            }
+}
+
+// The gradients of 16 outputs and 32 channels, (K, BLOCK_NUMBERS), to those of K kernels, (O, C, side, side).
+static void write_gradients(const float *gradients, const int64_t *sides, const Shape *s, const Pairs *p, int64_t first,
+                            int64_t channel, float *const *to) {
+    for (int64_t k = 0; k < s->kernels; k++, gradients += BLOCK_NUMBERS)
+        for (int64_t o = first; o < least(first + LANES, s->outputs); o++)
+            for (int64_t c = channel; c < least(channel + MATRIX_DEPTH, s->channels); c += LANES) {
+                int64_t step = sides[k] * sides[k], middle = step == 1 ? TAPS / 2 : 0;
+                float *kernel = to[k] + (o * s->channels + c) * step;
+                __m512i square[LANES] = {0};
+                for (int64_t i = 0; i < step; i++)
+                    square[i] = _mm512_load_si512(gradients + line_of(p, middle + i, o - first, c - channel));
                 transpose(square);
-                for (int64_t i = 0; !back && i < taps; i++) _mm512_store_si512(here[i], square[i]);
-                for (int64_t i = 0; back && i < least(left, LANES); i++)
-                    _mm512_mask_storeu_epi32(kernel + i * taps, lanes_left(taps), square[i]);
+                for (int64_t i = 0; i < least(s->channels - c, LANES); i++)
+                    _mm512_mask_storeu_epi32(kernel + i * step, lanes_left(step), square[i]);
             }
 }
 
@@ -175,7 +226,8 @@ int dynaconv_direct_mix_gradients(const bf16 *x, const bf16 *dy, const uint8_t *
                                   float *to_weights, int threads) {
     int64_t blocks = blocks_of(s->channels), groups = (s->outputs + LANES - 1) / LANES, parts = groups * blocks;
     int64_t count = s->kernels;
-    int64_t block = count * BLOCK_NUMBERS, shared = s->images * count * LANES;
+    int64_t block = count * BLOCK_NUMBERS, of_pairs = (count + 1) / 2 * BLOCK_NUMBERS;
+    int64_t shared = s->images * count * LANES;
     Pairs pairs = pairs_of(s);
     int64_t of_block = pairs.moves * 2 * pairs.lines * LANES, of_outputs = pairs.tiles * MATRIX_PAIRS;
     Maps inputs = {x, NULL, s->height, s->width, s->channels}, outer = {dy, places, s->height, s->width, s->outputs};
@@ -195,15 +247,16 @@ int dynaconv_direct_mix_gradients(const bf16 *x, const bf16 *dy, const uint8_t *
         int64_t of_x = own_blocks * of_block, of_image = of_x + own_pairs * 2 * of_outputs;
         int64_t slab = least(s->images, most(1, MOST_SLAB / (of_image * 4) / TOGETHER) * TOGETHER);
         uint32_t *maps = aligned_alloc(64, most(1, slab) * of_image * 4);
-        float *sums = zeros((to - from) * block), *plain = zeros((to - from) * block);
+        float *sums = zeros((to - from) * block);
+        uint32_t *paired = (uint32_t *)zeros((to - from) * of_pairs);
         float *shares = all_shares + self * shared, gradients[TOGETHER * GROUP] __attribute__((aligned(64)));
         MatrixConfig before;
-        int ready = maps && sums && plain;
+        int ready = maps && sums && paired;
         failed = !ready;
         take_tiles(&before);
         for (int64_t part = from; ready && part < to; part++)
-            order_numbers((float *const *)kernels, sides, s, &pairs, OUTPUT_OF(part) * LANES,
-                          BLOCK_OF(part) * MATRIX_DEPTH, plain + (part - from) * block, 0);
+            pair_kernels(kernels, sides, s, &pairs, OUTPUT_OF(part) * LANES, BLOCK_OF(part) * MATRIX_DEPTH,
+                         paired + (part - from) * of_pairs);
         for (int64_t first = 0; ready && from < to && first < s->images; first += slab) {
             int64_t images = least(slab, s->images - first);
             for (int64_t i = 0; i < images; i++) {
@@ -217,7 +270,9 @@ int dynaconv_direct_mix_gradients(const bf16 *x, const bf16 *dy, const uint8_t *
                 for (int64_t i = 0; i < images; i += TOGETHER)
                     for (int64_t group = 0; group < 3; group++) {
                         int64_t o = OUTPUT_OF(part) - 2 * first_pair, c = BLOCK_OF(part) - first_block;
-                        int64_t here = least(TOGETHER, images - i), at = (part - from) * block + group * GROUP;
+                        int64_t here = least(TOGETHER, images - i);
+                        float *to_sums = sums + (part - from) * block + group * GROUP;
+                        const uint32_t *near = paired + (part - from) * of_pairs + group * GROUP;
                         for (int64_t n = 0; n < here; n++) {
                             const uint32_t *image = maps + (i + n) * of_image;
                             multiply_group(image + of_x + o * of_outputs + pairs.left[group] * MATRIX_PAIRS,
@@ -226,7 +281,7 @@ int dynaconv_direct_mix_gradients(const bf16 *x, const bf16 *dy, const uint8_t *
                         }
                         const float *factors = weights + (first + i) * count;
                         float *share = shares + (first + i) * count * LANES;
-#define SHARE(images, count) share_out(gradients, plain + at, factors, sums + at, share, images, count)
+#define SHARE(images, count) share_out(gradients, near, factors, to_sums, share, images, count)
                         if (here == TOGETHER && count == 2)
                             SHARE(TOGETHER, 2);
                         else if (here == TOGETHER && count == 4)
@@ -238,11 +293,11 @@ int dynaconv_direct_mix_gradients(const bf16 *x, const bf16 *dy, const uint8_t *
         }
         give_tiles_back(&before);
         for (int64_t part = from; ready && part < to; part++)
-            order_numbers(to_kernels, sides, s, &pairs, OUTPUT_OF(part) * LANES, BLOCK_OF(part) * MATRIX_DEPTH,
-                          sums + (part - from) * block, 1);
+            write_gradients(sums + (part - from) * block, sides, s, &pairs, OUTPUT_OF(part) * LANES,
+                            BLOCK_OF(part) * MATRIX_DEPTH, to_kernels);
         free(maps);
         free(sums);
-        free(plain);
+        free(paired);
 #pragma omp barrier
 #pragma omp for schedule(static)
         for (int64_t i = 0; i < s->images * count; i++) {

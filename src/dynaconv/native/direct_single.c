@@ -56,7 +56,7 @@ int dynaconv_direct_single(const bf16 *x, const float *const *kernels, const int
         bf16 *maps = aligned_alloc(64, blocks * planes.moves * planes.numbers * 2);
         float *sums = zeros((2 * places + spare) * LANES), *rows = zeros(LANES * length);
         float *columns = aligned_alloc(64, COLUMNS * 4);
-        uint32_t *mixed = aligned_alloc(64, blocks * TAPS * MATRIX_PAIRS * 4);
+        uint32_t *mixed = aligned_alloc(64, 2 * blocks * TAPS * MATRIX_PAIRS * 4);
         Finish finish = {1, residual ? &added : NULL, NULL, y, y_places};
         MatrixConfig before;
         int ready = maps && sums && rows && columns && mixed;
@@ -67,15 +67,15 @@ int dynaconv_direct_single(const bf16 *x, const float *const *kernels, const int
 #pragma omp for schedule(dynamic, 1)
         for (int64_t o = 0; o < s->outputs; o += 2 * LANES) {
             if (!ready) continue;
-            for (int64_t half = 0; half < 2 && o + half * LANES < s->outputs; half++) {
+            int64_t halves = o + LANES < s->outputs ? 2 : 1;
+            for (int64_t half = 0; half < halves; half++) {
                 mix_rows(kernels, sides, weights, s, o + half * LANES, length, rows);
                 for (int64_t block = 0; block < blocks; block++) {
                     columns_of_rows(rows + block * BLOCK, length, LANES, BLOCK, TAPS, columns);
-                    pair_columns(columns, TAPS, LANES, mixed + block * TAPS * MATRIX_PAIRS);
+                    pair_columns(columns, TAPS, LANES, mixed + (half * blocks + block) * TAPS * MATRIX_PAIRS);
                 }
-                multiply_image(maps, &planes, s, mixed, sums + half * places * LANES);
             }
-            finish_image(sums, places, s, 0, o, &finish);
+            convolve_image(maps, &planes, s, mixed, halves, sums, 0, o, &finish);
         }
         give_tiles_back(&before);
         free(maps);

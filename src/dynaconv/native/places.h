@@ -36,59 +36,65 @@ static void pack_planes(const Maps *maps, int64_t image, const Planes *planes, b
     }
 }
 
-// The sums of an image for 16 outputs, from its packed maps and its kernel, which was just written: (places, 16).
-static void multiply_image(const bf16 *maps, const Planes *planes, const Shape *s, const uint32_t *kernel,
-                           float *sums) {
-    int64_t places = s->height * s->width, blocks = blocks_of(s->channels), taps[TAPS];
-    for (int64_t tap = 0; tap < TAPS; tap++)
-        taps[tap] = tap / 3 * planes->row * MATRIX_DEPTH +
-                    (planes->moves == 1 ? tap % 3 * MATRIX_DEPTH : tap % 3 * planes->numbers);
-    WRITTEN;
-    for (int64_t place = 0; place < places; place += 4 * MATRIX_ROWS, sums += 4 * MATRIX_PAIRS) {
-        const bf16 *at[4];
-        for (int64_t i = 0; i < 4; i++) {
-            int64_t first = place + i * MATRIX_ROWS;
-            at[i] = first < places ? maps + (first / s->width * planes->row + first % s->width) * MATRIX_DEPTH : NULL;
-        }
-        const uint32_t *right = kernel;
-        zero_four();
-        for (int64_t block = 0; block < blocks; block++)
-            for (int64_t tap = 0; tap < TAPS; tap++, right += MATRIX_PAIRS)
-                multiply_four(at, block * planes->moves * planes->numbers + taps[tap], right);
-        store_four(sums);
+// The sums of 64 places of an image from `place` on for 16 outputs, from its packed maps and its kernel: (64, 16).
+static void multiply_places(const bf16 *maps, const Planes *planes, const Shape *s, const uint32_t *kernel,
+                            int64_t place, float *sums) {
+    int64_t places = s->height * s->width, blocks = blocks_of(s->channels), of_block = planes->moves * planes->numbers;
+    const bf16 *at[4];
+    for (int64_t i = 0; i < 4; i++) {
+        int64_t first = place + i * MATRIX_ROWS;
+        at[i] = first < places ? maps + (first / s->width * planes->row + first % s->width) * MATRIX_DEPTH : NULL;
     }
-    WRITTEN;
-}
-
-// What is done with the sums of an image for 32 outputs from `o`: (2, places, 16), and so many more that 2x2 places
-// can be read from the last one on.
-ALWAYS void finish_places(const float *sums, int64_t places, const Shape *s, int64_t image, int64_t o,
-                          const Finish *finish, const int pooled, const int added) {
-    for (int64_t y = 0; y < s->height; y += 2)
-        for (int64_t x = 0; x < s->width; x += 2) {
-            __m512 low[4], high[4];
-#pragma GCC unroll 4
-            for (int j = 0; j < 4; j++) {  // behind the map lie places that nothing is made of
-                const float *sum = sums + ((y + j / 2) * s->width + x + j % 2) * LANES;
-                low[j] = _mm512_load_ps(sum), high[j] = _mm512_load_ps(sum + places * LANES);
-            }
-            finish_outputs(low, high, s, image, y, x, o, _mm512_set1_ps(1), NULL, 0, finish, pooled, added, 0);
+    zero_four();
+    for (int64_t block = 0; block < blocks; block++)
+        for (int64_t tap = 0; tap < TAPS; tap++, kernel += MATRIX_PAIRS) {
+            int64_t right = planes->moves == 1 ? tap % 3 * MATRIX_DEPTH : tap % 3 * planes->numbers;
+            multiply_four(at, block * of_block + tap / 3 * planes->row * MATRIX_DEPTH + right, kernel);
         }
+    store_four(sums);
 }
 
-static void finish_image(const float *sums, int64_t places, const Shape *s, int64_t image, int64_t o,
-                         const Finish *finish) {
+// What is done with the sums of two rows of an image for 32 outputs from `o`: (2, places, 16), and so many more that
+// 2x2 places can be read from the last one on.
+ALWAYS void finish_rows(const float *sums, int64_t places, const Shape *s, int64_t image, int64_t y, int64_t o,
+                        const Finish *finish, const int pooled, const int added) {
+    for (int64_t x = 0; x < s->width; x += 2) {
+        __m512 low[4], high[4];
+#pragma GCC unroll 4
+        for (int j = 0; j < 4; j++) {  // behind the map lie places that nothing is made of
+            const float *sum = sums + ((y + j / 2) * s->width + x + j % 2) * LANES;
+            low[j] = _mm512_load_ps(sum), high[j] = _mm512_load_ps(sum + places * LANES);
+        }
+        finish_outputs(low, high, s, image, y, x, o, _mm512_set1_ps(1), NULL, 0, finish, pooled, added, 0);
+    }
+}
+
+// The outputs of an image from `o` on, 32 or the 16 that there are, with `halves` kernels that were just written, one
+// after the other. Rows are finished as soon as their sums are there, which are in the nearest cache then, and while
+// what is written goes its way the next are computed.
+static void convolve_image(const bf16 *maps, const Planes *planes, const Shape *s, const uint32_t *kernels,
+                           int64_t halves, float *sums, int64_t image, int64_t o, const Finish *finish) {
+    int64_t places = up(s->height * s->width, 64), of_kernel = blocks_of(s->channels) * TAPS * MATRIX_PAIRS, y = 0;
     int added = finish->residual && o < finish->residual->channels;
-#define FINISH(pooled, added) finish_places(sums, places, s, image, o, finish, pooled, added)
-    if (finish->places && added)
-        FINISH(1, 1);
-    else if (finish->places)
-        FINISH(1, 0);
-    else if (added)
-        FINISH(0, 1);
-    else
-        FINISH(0, 0);
+    WRITTEN;
+    for (int64_t place = 0; place < places; place += 64) {
+        for (int64_t half = 0; half < halves; half++)
+            multiply_places(maps, planes, s, kernels + half * of_kernel, place,
+                            sums + (half * places + place) * LANES);
+        WRITTEN;
+        for (; y < s->height && least(y + 2, s->height) * s->width <= place + 64; y += 2) {
+#define FINISH(pooled, added) finish_rows(sums, places, s, image, y, o, finish, pooled, added)
+            if (finish->places && added)
+                FINISH(1, 1);
+            else if (finish->places)
+                FINISH(1, 0);
+            else if (added)
+                FINISH(0, 1);
+            else
+                FINISH(0, 0);
 #undef FINISH
+        }
+    }
 }
 
 #endif
