@@ -215,6 +215,18 @@ def test_any_number_of_threads(threads, size, tile):
         torch.testing.assert_close(one, other, rtol=1e-3, atol=1e-4)
 
 
+@needs_tiles
+@pytest.mark.parametrize("sides", [(3, 3), (3, 3, 3), (3, 1, 3, 3), (3, 3, 3, 3, 3)], ids=str)
+def test_any_number_of_images_is_mixed_alike(sides):
+    """Kernels of four images are mixed at once, by other code than those of the one to three that are left."""
+    inputs, kernels, weights, _ = make_case(9, 24, 40, 16, 16, sides)
+    whole, *_ = gradients(mix_compiled, (inputs, kernels, weights), "none")
+    for images in range(9):
+        found, to_inputs, *_ = gradients(mix_compiled, (inputs[:images], kernels, weights[:images]), "none")
+        assert torch.equal(found, whole[:images])
+        assert to_inputs.shape == (images, 24, 16, 16)
+
+
 @needs_library
 @pytest.mark.parametrize("sides", [(3,), (3, 3)], ids=str)
 @pytest.mark.parametrize("wanted", [0, 1, 2], ids=["inputs", "weights", "kernel"])

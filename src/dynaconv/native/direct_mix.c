@@ -65,6 +65,8 @@ static void mix(const uint32_t *kernels, const float *weights, int64_t lines, in
 #define MIX_SOME(images)      \
     if (count == 2)           \
         MIX(images, 2);       \
+    else if (count == 3)      \
+        MIX(images, 3);       \
     else if (count == 4)      \
         MIX(images, 4);       \
     else                      \
@@ -89,12 +91,13 @@ int dynaconv_direct_mix(const bf16 *x, const uint8_t *x_places, const uint32_t *
     int64_t places = up(s->height * s->width, 64), spare = 2 * s->width + 2;
     Planes planes = planes_of(s);
     int64_t packed = blocks * planes.moves * planes.numbers, of_kernels = up(s->outputs, LANES) * lines * count * 4;
-    // As many tasks for each thread. One has so many images that their maps stay near, or more where the kernels, which
-    // are fetched for every task, are much larger.
+    // Tasks are of whole groups of images that are mixed at once, and as many for each thread: so many groups that their
+    // maps stay near, or more where the kernels, which are fetched for every task, are much larger.
     int64_t together = least(TOGETHER, most(1, (s->images + threads - 1) / threads));
-    int64_t some = (s->images + together - 1) / together;
-    int64_t each = most(1, most(MOST_MAPS, of_kernels / 4) / (packed * 2) / together);
-    int64_t tasks = least(some, up((some + each - 1) / each, threads)), room = (some + tasks - 1) / tasks * together;
+    int64_t groups = (s->images + together - 1) / together;
+    int64_t near = most(1, most(MOST_MAPS, of_kernels / 4) / (packed * 2) / together);
+    int64_t tasks = most(1, least(groups, up((groups + near - 1) / near, threads)));
+    int64_t room = (groups + tasks - 1) / tasks * together;  // images of the largest task
     Maps inputs = {x, x_places, s->height, s->width, s->channels};
     Maps added = {residual, residual == x ? x_places : NULL, s->height, s->width, residual_channels};
     int failed = 0;
@@ -111,8 +114,8 @@ int dynaconv_direct_mix(const bf16 *x, const uint8_t *x_places, const uint32_t *
 #pragma omp for schedule(dynamic, 1)
         for (int64_t task = 0; task < tasks; task++) {
             if (!ready) continue;
-            int64_t first = some * task / tasks * together;
-            int64_t last = least(s->images, some * (task + 1) / tasks * together);
+            int64_t first = groups * task / tasks * together;
+            int64_t last = least(s->images, groups * (task + 1) / tasks * together);
             for (int64_t image = first; image < last; image++)
                 pack_planes(&inputs, image, &planes, maps + (image - first) * packed);
             for (int64_t o = 0; o < s->outputs; o += 2 * LANES)

@@ -284,6 +284,8 @@ int dynaconv_direct_mix_gradients(const bf16 *x, const bf16 *dy, const uint8_t *
 #define SHARE(images, count) share_out(gradients, near, factors, to_sums, share, images, count)
                         if (here == TOGETHER && count == 2)
                             SHARE(TOGETHER, 2);
+                        else if (here == TOGETHER && count == 3)
+                            SHARE(TOGETHER, 3);
                         else if (here == TOGETHER && count == 4)
                             SHARE(TOGETHER, 4);
                         else
