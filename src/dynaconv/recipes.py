@@ -13,10 +13,10 @@ def coursework() -> Recipe:
     RandomAffine also mirrors, unlike the coursework's; `--flip 0` leaves it out (docs/decisions/0008-mirror.md).
 
     Command: dynaconv train coursework --data cifar10
-    Cost: 17 minutes on two cores with matrix tiles (AMX), slowed by others; 43 minutes with AVX2 in float32, alone, 1.1
-    GB of memory, 59 minutes in the mean of the measured runs, two of which shared the machine.
+    Cost: 14 minutes on two cores with matrix tiles (AMX); 43 minutes with AVX2 in float32, alone, 1.1 GB of memory;
+    59 minutes in the mean of the measured runs, two of which shared the machine.
     Result on CIFAR-10: 87.91% of the test images, 88.35% of the validation images, 3 seeds in float32
-    (benchmarks/results/coursework.json); 88.20% in bfloat16, 1 seed (coursework-bfloat16.json).
+    (benchmarks/results/coursework.json); 88.05% in bfloat16, 1 seed (coursework-bfloat16.json).
     """
     return Recipe(name="coursework")
 
@@ -71,8 +71,8 @@ def fast94() -> Recipe:
     """fast92's network on larger images from the start, with less label smoothing, judged by six views of each image.
 
     Command: dynaconv train fast94 --data cifar10
-    Cost: 327 seconds on two cores with matrix tiles (AMX), the views included; 1.4 GB of memory.
-    Result on CIFAR-10: 93.48% of the test images, 94.36% by six views, in the mean of 5 seeds with all images used
+    Cost: 257 seconds on two cores with matrix tiles (AMX), the views included; 1.4 GB of memory.
+    Result on CIFAR-10: 93.46% of the test images, 94.22% by six views, in the mean of 5 seeds with all images used
     (benchmarks/results/fast94.json). On an H100, 8 epochs of full size: 93.85% by six views in the mean of 5 seeds,
     2.7 seconds each with `--compile`, warmed up (race-94.json).
     """
@@ -80,7 +80,7 @@ def fast94() -> Recipe:
     return with_settings(
         replace(fast92(), name="fast94"),
         label_smoothing=0.1,
-        epochs=12,
+        epochs=11,
         train_scales=(0.75, 1.0, 1.0),
         views="six",
     )

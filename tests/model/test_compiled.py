@@ -39,6 +39,9 @@ CASES = [
     (20, 48, 32, 12, 12, (3, 3, 1, 3, 3)),  # the same, more kernels than are shared out by a loop of their own
     (6, 40, 48, 17, 16, (3, 3)),  # the same, rows that are whole tiles, and an odd number of them
     (9, 33, 70, 5, 32, (3, 3, 3, 3)),  # the same, two tiles in a row
+    (6, 24, 40, 12, 16, (3, 1, 3)),  # the same, three kernels, which have loops of their own, one of 1x1
+    (6, 40, 24, 13, 10, (3, 3, 3)),  # the same, rows that are no whole tiles
+    (5, 16, 48, 8, 8, (3, 1, 3, 3, 3, 3, 1, 3)),  # the same, as many kernels as are mixed at most
 ]
 
 SINGLE = [
@@ -219,12 +222,15 @@ def test_any_number_of_threads(threads, size, tile):
 @pytest.mark.parametrize("sides", [(3, 3), (3, 3, 3), (3, 1, 3, 3), (3, 3, 3, 3, 3)], ids=str)
 def test_any_number_of_images_is_mixed_alike(sides):
     """Kernels of four images are mixed at once, by other code than those of the one to three that are left."""
-    inputs, kernels, weights, _ = make_case(9, 24, 40, 16, 16, sides)
-    whole, *_ = gradients(mix_compiled, (inputs, kernels, weights), "none")
+    inputs, kernels, weights, back = make_case(9, 24, 40, 16, 16, sides)
+    whole = gradients(mix_compiled, (inputs, kernels, weights), "none", gradient=back)
     for images in range(9):
-        found, to_inputs, *_ = gradients(mix_compiled, (inputs[:images], kernels, weights[:images]), "none")
-        assert torch.equal(found, whole[:images])
-        assert to_inputs.shape == (images, 24, 16, 16)
+        case = inputs[:images], kernels, weights[:images]
+        found, to_inputs, to_weights, *to_kernels = gradients(mix_compiled, case, "none", gradient=back[:images])
+        assert torch.equal(found, whole[0][:images])
+        assert torch.equal(to_inputs, whole[1][:images])
+        torch.testing.assert_close(to_weights, whole[2][:images], rtol=1e-2, atol=1e-2)
+        assert all(each.any() == (images > 0) for each in to_kernels)
 
 
 @needs_library
@@ -300,6 +306,8 @@ def test_what_does_not_fit_is_refused_before_any_memory_is_touched():
         (inputs, kernels, weights, another[:, :, :3], False),
         (inputs[:, :, :1], kernels, weights, None, True),
         (inputs[:, :, :0], kernels, weights, None, False),
+        (inputs[:, :0], [kernel[:, :0] for kernel in kernels], weights, None, False),
+        (inputs, [kernel[:0] for kernel in kernels], weights, None, False),
     ):
         with pytest.raises(ValueError, match="do not fit"):
             compiled.mix(*case)
@@ -439,7 +447,7 @@ TELL = "from dynaconv import native; print(native.library() is not None, native.
 
 
 def built_cache():
-    """The cache of the library that this process has loaded: to build another one takes a quarter of a minute."""
+    """The cache of the library that this process has loaded: to build another one takes seconds."""
     return str(Path(native.library()._name).parents[1])
 
 

@@ -227,7 +227,8 @@ def _check_shapes(
     """Raises ValueError for what the library, which is told addresses alone, would read or write beyond."""
     images, channels, *size = inputs.shape
     sides = {(len(kernels[0]), channels, side, side) for side in (1, 3)}
-    fits = all(kernel.shape in sides for kernel in kernels) and weights.shape == (images, len(kernels))
+    fits = all(kernel.shape in sides and kernel.numel() for kernel in kernels)
+    fits = fits and weights.shape == (images, len(kernels))
     beside = residual is None or (len(residual), *residual.shape[2:]) == (images, *size)
     if not fits or not beside or min(size) < 1 + pooled:
         shapes = ", ".join(str(tuple(each.shape)) for each in (inputs, *kernels, weights))

@@ -15,9 +15,10 @@ import shutil
 import stat
 import subprocess
 import tempfile
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -158,18 +159,22 @@ def _built() -> Path:
     if not target.exists():
         here = Path(__file__).parent
         # Into a name of its own first: another process may be building, or loading, the same one.
-        with tempfile.TemporaryDirectory(dir=target.parent) as directory, ThreadPoolExecutor(os.cpu_count()) as pool:
-            made = Path(directory) / target.name
+        with (
+            tempfile.TemporaryDirectory(dir=target.parent) as directory,
+            ThreadPoolExecutor(torch.get_num_threads()) as pool,
+        ):
+            made, until = Path(directory) / target.name, time.monotonic() + BUILD_SECONDS
             objects = [str(Path(directory) / f"{name}.o") for name in SOURCES]
             steps = [["-c", str(here / name), "-o", each] for name, each in zip(SOURCES, objects, strict=True)]
-            list(pool.map(_compile, [compiler] * len(steps), steps))
-            _compile(compiler, ["-shared", *objects, "-o", str(made)])
+            list(pool.map(partial(_compile, compiler, until), steps))
+            _compile(compiler, until, ["-shared", *objects, "-o", str(made)])
             made.replace(target)
     return target
 
 
-def _compile(compiler: list[str], arguments: list[str]) -> None:
-    subprocess.run([*compiler, *FLAGS, *arguments], capture_output=True, timeout=BUILD_SECONDS, check=True)
+def _compile(compiler: list[str], until: float, arguments: list[str]) -> None:
+    left = until - time.monotonic()
+    subprocess.run([*compiler, *FLAGS, *arguments], capture_output=True, timeout=left, check=True)
 
 
 def _load(path: Path) -> ctypes.CDLL:

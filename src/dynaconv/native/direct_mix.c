@@ -10,8 +10,8 @@
 
 #ifdef MATRIX_TILES
 
-static const int64_t MOST_MAPS = (int64_t)3 << 18;  // bytes of packed maps that a thread works on at once
-enum { TOGETHER = 4 };                              // images whose kernels are mixed at once
+static const int64_t MOST_MAPS = (int64_t)3 << 18;  // bytes of packed maps that stay near, or four images' maps
+enum { TOGETHER = 4 };                              // images whose kernels are mixed at once, at most
 
 // K kernels, (O, C, side, side) float32, side 3 or 1, to (O / 16, C / 32, 9, 16, K, 16) pairs: for each line of a right
 // tile, which is of 16 outputs and two channels, that of every kernel. `turned` is as in `dynaconv_pack_kernel`.
@@ -91,19 +91,19 @@ int dynaconv_direct_mix(const bf16 *x, const uint8_t *x_places, const uint32_t *
     int64_t places = up(s->height * s->width, 64), spare = 2 * s->width + 2;
     Planes planes = planes_of(s);
     int64_t packed = blocks * planes.moves * planes.numbers, of_kernels = up(s->outputs, LANES) * lines * count * 4;
-    // Tasks are of whole groups of images that are mixed at once, and as many for each thread: so many groups that their
-    // maps stay near, or more where the kernels, which are fetched for every task, are much larger.
+    // Tasks are of whole groups of images that are mixed at once, and as many for each thread: so many groups that
+    // their maps stay near, or more where the kernels, which are fetched for every task, are much larger.
     int64_t together = least(TOGETHER, most(1, (s->images + threads - 1) / threads));
     int64_t groups = (s->images + together - 1) / together;
-    int64_t near = most(1, most(MOST_MAPS, of_kernels / 4) / (packed * 2) / together);
-    int64_t tasks = most(1, least(groups, up((groups + near - 1) / near, threads)));
+    int64_t several = most(1, most(MOST_MAPS, of_kernels / 4) / (packed * 2) / together);
+    int64_t tasks = most(1, least(groups, up((groups + several - 1) / several, threads)));
     int64_t room = (groups + tasks - 1) / tasks * together;  // images of the largest task
     Maps inputs = {x, x_places, s->height, s->width, s->channels};
     Maps added = {residual, residual == x ? x_places : NULL, s->height, s->width, residual_channels};
     int failed = 0;
 #pragma omp parallel num_threads(threads) reduction(| : failed)
     {
-        bf16 *maps = aligned_alloc(64, room * packed * 2);
+        bf16 *maps = aligned_alloc(64, most(1, room) * packed * 2);
         float *sums = zeros((2 * places + spare) * LANES);
         uint32_t *mixed = aligned_alloc(64, TOGETHER * 2 * lines * LANES * 4);
         Finish finish = {1, residual ? &added : NULL, NULL, y, y_places};

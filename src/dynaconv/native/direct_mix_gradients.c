@@ -73,8 +73,8 @@ ALWAYS void store_tile(__m512i pairs[LANES], uint32_t *to) {
     for (int i = 0; i < LANES; i++) _mm512_store_si512(to + i * LANES, pairs[i]);
 }
 
-// Two left tiles, of 32 outputs from `o`: 16 places from (y, x) on, each with the one below. Where no tile above has
-// had these rows, those after the next are fetched from memory meanwhile.
+// Two left tiles, of 32 outputs from `o`: 16 places from (y, x) on, each with the one below. Where no tile before
+// has had these rows, those after the next are fetched from memory meanwhile.
 ALWAYS void pack_below(const Maps *maps, int64_t image, int64_t y, int64_t x, int64_t o, int fresh, uint32_t *low_to,
                        uint32_t *high_to) {
     const bf16 *at = maps->numbers + ((image * maps->height + y) * maps->width + x) * maps->channels + o;
@@ -172,8 +172,9 @@ ALWAYS int64_t line_of(const Pairs *p, int64_t tap, int64_t output, int64_t chan
     return group * GROUP + (of_group * 2 + channel / LANES) * MATRIX_PAIRS + output * LANES;
 }
 
-// 16 outputs and 32 channels of K kernels, (O, C, side, side), to the order of gradients in pairs of kernels,
-// (K / 2, BLOCK_NUMBERS), of which those are written that there are. A kernel of 1x1 is the middle tap.
+// 16 outputs and 32 channels of K kernels, (O, C, side, side), to the order of gradients in pairs of kernels, K / 2
+// rounded up times BLOCK_NUMBERS. A kernel of 1x1 is the middle tap. What lies behind the last output or channel is not
+// written, and has to be zero.
 static void pair_kernels(const float *const *kernels, const int64_t *sides, const Shape *s, const Pairs *p,
                          int64_t first, int64_t channel, uint32_t *to) {
     for (int64_t k = 0; k < s->kernels; k += 2, to += BLOCK_NUMBERS)
@@ -226,7 +227,7 @@ int dynaconv_direct_mix_gradients(const bf16 *x, const bf16 *dy, const uint8_t *
                                   float *to_weights, int threads) {
     int64_t blocks = blocks_of(s->channels), groups = (s->outputs + LANES - 1) / LANES, parts = groups * blocks;
     int64_t count = s->kernels;
-    int64_t block = count * BLOCK_NUMBERS, of_pairs = (count + 1) / 2 * BLOCK_NUMBERS;
+    int64_t block = count * BLOCK_NUMBERS, of_paired = (count + 1) / 2 * BLOCK_NUMBERS;
     int64_t shared = s->images * count * LANES;
     Pairs pairs = pairs_of(s);
     int64_t of_block = pairs.moves * 2 * pairs.lines * LANES, of_outputs = pairs.tiles * MATRIX_PAIRS;
@@ -248,7 +249,7 @@ int dynaconv_direct_mix_gradients(const bf16 *x, const bf16 *dy, const uint8_t *
         int64_t slab = least(s->images, most(1, MOST_SLAB / (of_image * 4) / TOGETHER) * TOGETHER);
         uint32_t *maps = aligned_alloc(64, most(1, slab) * of_image * 4);
         float *sums = zeros((to - from) * block);
-        uint32_t *paired = (uint32_t *)zeros((to - from) * of_pairs);
+        uint32_t *paired = (uint32_t *)zeros((to - from) * of_paired);
         float *shares = all_shares + self * shared, gradients[TOGETHER * GROUP] __attribute__((aligned(64)));
         MatrixConfig before;
         int ready = maps && sums && paired;
@@ -256,7 +257,7 @@ int dynaconv_direct_mix_gradients(const bf16 *x, const bf16 *dy, const uint8_t *
         take_tiles(&before);
         for (int64_t part = from; ready && part < to; part++)
             pair_kernels(kernels, sides, s, &pairs, OUTPUT_OF(part) * LANES, BLOCK_OF(part) * MATRIX_DEPTH,
-                         paired + (part - from) * of_pairs);
+                         paired + (part - from) * of_paired);
         for (int64_t first = 0; ready && from < to && first < s->images; first += slab) {
             int64_t images = least(slab, s->images - first);
             for (int64_t i = 0; i < images; i++) {
@@ -272,7 +273,7 @@ int dynaconv_direct_mix_gradients(const bf16 *x, const bf16 *dy, const uint8_t *
                         int64_t o = OUTPUT_OF(part) - 2 * first_pair, c = BLOCK_OF(part) - first_block;
                         int64_t here = least(TOGETHER, images - i);
                         float *to_sums = sums + (part - from) * block + group * GROUP;
-                        const uint32_t *near = paired + (part - from) * of_pairs + group * GROUP;
+                        const uint32_t *of_group = paired + (part - from) * of_paired + group * GROUP;
                         for (int64_t n = 0; n < here; n++) {
                             const uint32_t *image = maps + (i + n) * of_image;
                             multiply_group(image + of_x + o * of_outputs + pairs.left[group] * MATRIX_PAIRS,
@@ -281,7 +282,7 @@ int dynaconv_direct_mix_gradients(const bf16 *x, const bf16 *dy, const uint8_t *
                         }
                         const float *factors = weights + (first + i) * count;
                         float *share = shares + (first + i) * count * LANES;
-#define SHARE(images, count) share_out(gradients, near, factors, to_sums, share, images, count)
+#define SHARE(images, count) share_out(gradients, of_group, factors, to_sums, share, images, count)
                         if (here == TOGETHER && count == 2)
                             SHARE(TOGETHER, 2);
                         else if (here == TOGETHER && count == 3)

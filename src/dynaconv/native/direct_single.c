@@ -1,7 +1,7 @@
 // The mixture for a single image, the way forward alone, on matrix tiles.
 //
 // Where one image is all there is, reading K kernels from memory takes longer than all that is done with them. They are
-// read as they lie, once, for 16 outputs at a time. Their sum is transposed into tiles, convolved with and forgotten
+// read as they lie, once, for 32 outputs at a time. Their sum is transposed into tiles, convolved with and forgotten
 // within the caches.
 //
 // Letters: H W map, C channels in, O channels out, K kernels.
