@@ -82,7 +82,7 @@ int dynaconv_direct(const bf16 *x, const uint8_t *x_places, const uint32_t *kern
                     uint8_t *y_places, const Shape *s, int threads) {
     int64_t blocks = blocks_of(s->channels), place = blocks * 2 * MATRIX_PAIRS, step = s->width * place;
     int64_t of_kernel = blocks * side * side * MATRIX_PAIRS, groups = (s->images + MATRIX_ROWS - 1) / MATRIX_ROWS;
-    int64_t strip = most(2, least(up(s->height, 2), (MOST_ROWS / (step * 2) - 2) / 2 * 2));
+    int64_t strip = strip_of(s->height, step * 2, up(s->outputs, LANES) / LANES * of_kernel * 4);
     int64_t chunk = most(1, MOST_KERNEL / (of_kernel * 8)) * 2 * LANES;
     Cuts cut = cut_groups(groups, s->height, threads);
     Maps inputs = {x, x_places, s->height, s->width, s->channels};

@@ -12,7 +12,8 @@
 #ifdef MATRIX_TILES
 
 static const int64_t MOST_SUMS = (int64_t)256 << 20;   // bytes of gradients that all threads add up
-static const int64_t MOST_PACKED = (int64_t)1 << 20;  // bytes of packed maps that a thread works on at once
+static const int64_t MOST_PACKED = (int64_t)3 << 18;  // bytes of packed maps that a thread works on at once, or
+static const int64_t MOST_MORE = (int64_t)2 << 20;    // so many more where its sums, which pass by each time, are large
 
 // 32 channels of a place of an image, or zeros behind the last image.
 ALWAYS __m512i read_image(const Maps *maps, int64_t image, int64_t images, int64_t y, int64_t x, int64_t c) {
@@ -111,14 +112,16 @@ int dynaconv_direct_gradients(const bf16 *x, const bf16 *dy, const uint8_t *plac
     int64_t channels = up(s->channels, MATRIX_DEPTH), outputs = up(s->outputs, MATRIX_DEPTH), margin = side / 2;
     Packed sizes = {.x_step = channels * MATRIX_ROWS, .dy_step = outputs * MATRIX_ROWS};
     sizes.x_row = s->width * sizes.x_step, sizes.dy_row = s->width * sizes.dy_step;
-    int64_t fitting = (MOST_PACKED / 4 - 2 * sizes.x_row) / (sizes.x_row + sizes.dy_row);
+    int64_t rows = 3 * 2 * MATRIX_PAIRS, space = outputs / LANES * (channels / MATRIX_DEPTH) * side * rows;
+    int64_t most_packed = MOST_PACKED + least(MOST_MORE, space * 4);
+    int64_t fitting = (most_packed / 4 - 2 * sizes.x_row) / (sizes.x_row + sizes.dy_row);
     sizes.strip = most(1, least(s->height, fitting)), sizes.held = sizes.strip + 2;
     int64_t groups = (s->images + GROUP - 1) / GROUP, whole = s->height * (sizes.x_row + sizes.dy_row) * 4;
-    sizes.groups = most(1, least((groups + threads - 1) / threads, MOST_PACKED / whole));
+    sizes.groups = most(1, least((groups + threads - 1) / threads, most_packed / whole));
     sizes.x_group = sizes.held * sizes.x_row, sizes.dy_group = sizes.strip * sizes.dy_row;
-    int64_t chunks = (groups + sizes.groups - 1) / sizes.groups;
-    int64_t cuts = chunks >= 4 * threads ? 1 : least(threads, s->height), rows_each = (s->height + cuts - 1) / cuts;
-    int64_t rows = 3 * 2 * MATRIX_PAIRS, space = outputs / LANES * (channels / MATRIX_DEPTH) * side * rows;
+    int64_t chunks = least(groups, up((groups + sizes.groups - 1) / sizes.groups, threads));  // as many for each thread
+    int64_t even = chunks % threads == 0 || chunks >= 4 * threads;
+    int64_t cuts = even ? 1 : least(threads, s->height), rows_each = (s->height + cuts - 1) / cuts;
     // Each thread has sums of its own: no more of them than there is work, nor than a few caches hold.
     threads = (int)most(1, least(threads, least(chunks * cuts, MOST_SUMS / (space * 4))));
     float *spaces = aligned_alloc(64, threads * space * 4);
@@ -136,7 +139,8 @@ int dynaconv_direct_gradients(const bf16 *x, const bf16 *dy, const uint8_t *plac
 #pragma omp for schedule(static)
         for (int64_t task = 0; task < chunks * cuts; task++) {
             if (!spaces || !p.x || !p.dy) continue;
-            int64_t first = task / cuts * p.groups * GROUP, top = task % cuts * rows_each;
+            int64_t chunk = task / cuts, first = groups * chunk / chunks * GROUP, top = task % cuts * rows_each;
+            p.groups = groups * (chunk + 1) / chunks - groups * chunk / chunks;
             int64_t bottom = least(s->height, top + rows_each), packed = most(0, top - margin);
             for (int64_t start = top; start < bottom; start += p.strip) {
                 int64_t stop = least(bottom, start + p.strip);

@@ -133,7 +133,7 @@ int dynaconv_precise(const float *x, const uint32_t *high, const uint32_t *low, 
                      const float *offset, int activation, float *y, const Shape *s, int threads) {
     int64_t blocks = blocks_of(s->channels), place = blocks * 2 * HALF, step = s->width * place;
     int64_t of_kernel = blocks * side * side * MATRIX_PAIRS, groups = (s->images + MATRIX_ROWS - 1) / MATRIX_ROWS;
-    int64_t strip = most(2, least(up(s->height, 2), (MOST_ROWS / (step * 2) - 2) / 2 * 2));
+    int64_t strip = strip_of(s->height, step * 2, up(s->outputs, LANES) / LANES * of_kernel * 4);
     int64_t chunk = most(1, MOST_KERNEL / (of_kernel * 8)) * LANES;
     Cuts cut = cut_groups(groups, s->height, threads);
     Floats maps = {x, s->channels};

@@ -7,8 +7,14 @@
 
 #ifdef MATRIX_TILES
 
-static const int64_t MOST_ROWS = (int64_t)640 << 10;    // bytes of packed rows that a thread works on at once
+static const int64_t MOST_ROWS = (int64_t)640 << 10;    // bytes of packed rows that a thread works on at once, or
+static const int64_t MOST_MORE = (int64_t)384 << 10;    // so many more where the kernel, which passes by, is large
 static const int64_t MOST_KERNEL = (int64_t)768 << 10;  // bytes of the kernel that it takes for all of them
+
+// How many rows of `bytes` are finished together, an even number; two more lie packed. The kernel has `of_kernel`.
+static int64_t strip_of(int64_t height, int64_t bytes, int64_t of_kernel) {
+    return most(2, least(up(height, 2), ((MOST_ROWS + least(MOST_MORE, of_kernel)) / bytes - 2) / 2 * 2));
+}
 
 // Packed rows of the maps of 16 images, or fewer: row y lies at y modulo `held`.
 typedef struct Ring {
