@@ -119,7 +119,8 @@ int dynaconv_direct_gradients(const bf16 *x, const bf16 *dy, const uint8_t *plac
     int64_t groups = (s->images + GROUP - 1) / GROUP, whole = s->height * (sizes.x_row + sizes.dy_row) * 4;
     sizes.groups = most(1, least((groups + threads - 1) / threads, most_packed / whole));
     sizes.x_group = sizes.held * sizes.x_row, sizes.dy_group = sizes.strip * sizes.dy_row;
-    int64_t chunks = least(groups, up((groups + sizes.groups - 1) / sizes.groups, threads));  // as many for each thread
+    // As many chunks for each thread; where there are too few for that, rows are cut instead.
+    int64_t chunks = least(groups, up((groups + sizes.groups - 1) / sizes.groups, threads));
     int64_t even = chunks % threads == 0 || chunks >= 4 * threads;
     int64_t cuts = even ? 1 : least(threads, s->height), rows_each = (s->height + cuts - 1) / cuts;
     // Each thread has sums of its own: no more of them than there is work, nor than a few caches hold.
