@@ -122,28 +122,32 @@ def test_as_the_literal_form_in_double_precision(case, residual, tile):
     residual = another if residual == "another" else residual
     found = gradients(mix_compiled, case, residual)
     assert found[0].dtype == torch.bfloat16
-    assert_near(
-        found, gradients(literal, case, residual, precise=True), {compiled.DIRECT: 1e-2, 2: 1e-2, 4: 2e-2}[tile]
-    )
+    assert_near(found, gradients(literal, case, residual, precise=True), 2e-2 if tile == 4 else 1e-2)
 
 
 @pytest.mark.parametrize(
-    ("size", "mixed", "tile"),
+    ("size", "besides", "tile"),
     [
         ((32, 32), 0, 4),
-        ((6, 6), 0, 2),
+        ((8, 8), 0, 4),
+        ((6, 6), 0, 3),
         ((4, 4), 0, 4),
-        ((3, 3), 0, 4),
+        ((3, 3), 0, 3),
         ((2, 2), 0, 2),
         ((33, 2), 0, 2),
-        ((32, 32), 4, 4),
-        ((8, 8), 4, 2),
+        ((17, 17), 0, 3),  # as many products as tiles of 4x4 take
+        ((32, 32), 4 * compiled.MIXING, 4),
+        ((12, 12), 4 * compiled.MIXING, 3),
+        ((8, 8), 4 * compiled.MIXING, 2),
+        ((32, 32), 4 * compiled.SHARING, 4),
+        ((16, 16), compiled.SHARING, 4),
+        ((12, 12), 2 * compiled.SHARING, 2),
     ],
     ids=str,
 )
-def test_the_tiles_with_the_fewest_products(monkeypatch, size, mixed, tile):
+def test_the_tiles_with_the_fewest_products(monkeypatch, size, besides, tile):
     monkeypatch.setattr(native, "has_matrix_tiles", lambda: False)
-    assert compiled.pick_tile(*size, mixed) == tile
+    assert compiled.pick_tile(*size, besides) == tile
 
 
 @needs_library

@@ -5,8 +5,9 @@
 in one pass over the maps, and the way back. Where the processor has matrix tiles (AMX) all is computed directly
 (`compiled_direct`), within 0.2% of the results' norm. Elsewhere it goes through Winograd's algorithm
 (`compiled_winograd`): a tile of 4x4 outputs takes 36 multiplications a channel where a direct convolution takes 144,
-one of 2x2 16 where it takes 36. What lies between the transforms is rounded to bfloat16, which leaves results within
-1.2% of their norm, mixed ones within 1.6%, with tiles of 2x2 within 0.5%.
+one of 3x3 25 where it takes 81, one of 2x2 16 where it takes 36. What lies between the transforms is rounded to
+bfloat16, which leaves results within 1.2% of their norm, mixed ones within 1.6%, with tiles of 3x3 within 0.8%, of 2x2
+within 0.5%.
 
 Letters: N images, C channels in, O channels out, H W map, K convolutions.
 Source: Lavin and Gray, Fast Algorithms for Convolutional Neural Networks (arXiv:1509.09308).
@@ -28,6 +29,10 @@ DIRECT = 1
 
 MOST_NUMBERS = 64 * 64 * 64
 """Numbers in a single image's map up to which its kernels are mixed as they are read."""
+
+MIXING, SHARING = 2, 10
+"""What each point of a tile takes for an image and each of K kernels, to mix them or to share a gradient out: as much
+as this many products, measured (docs/log.md)."""
 
 
 def computes(inputs: torch.Tensor) -> bool:
@@ -70,17 +75,18 @@ def mix(
         weights: (N, K) float32 or bfloat16.
         residual: (N, any, H, W), continued by channels of zeros or cut off; `inputs` itself costs the least.
         pooled: Takes the largest number of each window of 2x2, as `torch.nn.MaxPool2d(2)`, while the result is written:
-            tiles of the algorithm are whole windows.
+            a tile of the algorithm, or four of them, are whole windows.
 
     Returns:
         (N, O, H, W) bfloat16, channels innermost; pooled (N, O, H / 2, W / 2). Can be differentiated once, backwards.
 
     Raises:
         ValueError: the shapes do not fit, or maps that are pooled are lower or narrower than two places.
-    Cost: N*C*O*H*W*9/4 multiply-adds by tiles of 4x4, N*C*O*H*W*4 by those of 2x2 (see `pick_tile`), of mixed kernels
-    K*N*C*O*36 or K*N*C*O*16 more; N*C*O*H*W*9 directly, times K or K*N*C*O*9 more, whichever takes less time. Of a
-    single image (`mixes_single`) it is reading the kernels, fastest from float32 in torch's usual order. Keeps
-    nothing but its arguments, and where pooled a byte for every number of the result, for the backward pass.
+    Cost: N*C*O*H*W*9/4 multiply-adds by tiles of 4x4, N*C*O*H*W*25/9 by those of 3x3, N*C*O*H*W*4 by those of 2x2 (see
+    `pick_tile`), of mixed kernels K*N*C*O*36, 25 or 16 more; N*C*O*H*W*9 directly, times K or K*N*C*O*9 more, whichever
+    takes less time. Of a single image (`mixes_single`) it is reading the kernels, fastest from float32 in torch's usual
+    order. Keeps nothing but its arguments, and where pooled a byte for every number of the result, for the backward
+    pass.
     """
     _check_shapes(inputs, kernels, weights, residual, pooled)
     is_shortcut = residual is inputs
@@ -163,7 +169,7 @@ class _Mixture(torch.autograd.Function):
         wants_inputs, wants_residual, _, _, wants_weights, *wants_kernels = ctx.needs_input_grad
         back = Pooled(innermost(gradient.to(torch.bfloat16)), places)
         height, width = inputs.shape[2:]
-        tile = pick_tile(height, width, _mixed(kernels))
+        tile = pick_tile(height, width, _to_mix(kernels))
         to_inputs = to_weights = None
         to_kernels: list[torch.Tensor | None] = [None] * len(kernels)
         # What comes back through one kernel, before it is scaled, and the inputs give the gradient of its weight.
@@ -195,26 +201,27 @@ class _Mixture(torch.autograd.Function):
         return to_inputs if wants_inputs else None, to_residual, None, None, to_weights, *to_kernels
 
 
-def pick_tile(height: int, width: int, mixed: int = 0) -> int:
+def pick_tile(height: int, width: int, besides: int = 0) -> int:
     """Returns the side of the tiles that take the fewest products, for a map of (height, width) places.
 
-    A tile of 4x4 outputs takes 36 products a channel and one of 2x2 takes 16, so that the larger one is for maps that
-    it covers without much waste. Mixing each of `mixed` kernels for an image, if it is not one for all, costs about six
-    products at each of these points. Where the processor has tiles of its own, which multiply eight times as fast, all
-    is computed directly.
+    A tile of 4x4 outputs takes 36 products a channel, one of 3x3 takes 25 and one of 2x2 takes 16, so that the larger
+    ones are for maps that they cover without much waste; of tiles that take as many, the smaller one rounds less. Each
+    of these points takes `besides` products more for an image, if its kernel is not one for all: MIXING or SHARING
+    times the kernels. Where the processor has tiles of its own, which multiply eight times as fast, all is computed
+    directly.
     """
     if native.has_matrix_tiles():
         return DIRECT
 
     def products(tile: int) -> int:
-        return (tile + 2) ** 2 * (-(-height // tile) * -(-width // tile) + 6 * mixed)
+        return (tile + 2) ** 2 * (-(-height // tile) * -(-width // tile) + besides)
 
     return min(native.TILES, key=products)
 
 
-def _mixed(kernels: Sequence[torch.Tensor]) -> int:
-    """Returns how many kernels are mixed for each image: none where there is one for all."""
-    return len(kernels) if len(kernels) > 1 else 0
+def _to_mix(kernels: Sequence[torch.Tensor]) -> int:
+    """Returns what a point takes beside its products: nothing where there is one kernel for all images."""
+    return MIXING * len(kernels) if len(kernels) > 1 else 0
 
 
 def _check_shapes(
@@ -255,7 +262,7 @@ def _convolve(
     kept: bool = True,
 ) -> torch.Tensor | None:
     """Writes the mixture of `maps` into maps: as `compiled_winograd.convolve`, by the tile that is picked."""
-    tile = pick_tile(*maps.size(into), _mixed(kernels))
+    tile = pick_tile(*maps.size(into), _to_mix(kernels))
     if tile == DIRECT:
         return compiled_direct.convolve(maps, kernels, weights, into, turned, residual, probe, kept)
     return compiled_winograd.convolve(tile, maps, kernels, weights, into, turned, residual, probe)
@@ -266,9 +273,8 @@ def _gradients(
 ) -> tuple[list[torch.Tensor], torch.Tensor | None]:
     """Returns the gradients towards the kernels, float32, and if `shared_out` that towards their (N, K) weights."""
     height, width = inputs.shape[2:]
-    tile = pick_tile(height, width)
+    shared_out = shared_out or len(kernels) > 1
+    tile = pick_tile(height, width, SHARING * len(kernels) * shared_out)
     if tile == DIRECT:
         return compiled_direct.gradients(inputs, back, kernels, weights)
-    shared_out = shared_out or len(kernels) > 1
-    # A mixed kernel's gradient is shared out among K kernels at every point, so that the fewer points win.
-    return compiled_winograd.gradients(2 if shared_out else tile, inputs, back, kernels, weights, shared_out)
+    return compiled_winograd.gradients(tile, inputs, back, kernels, weights, shared_out)

@@ -28,14 +28,14 @@ from dynaconv.folders import cache_folder
 
 SOURCES = (
     *("direct.c", "direct_gradients.c", "direct_mix.c", "direct_mix_gradients.c", "direct_single.c", "precise.c"),
-    *("tile2.c", "tile4.c", "products.c"),
+    *("tile2.c", "tile3.c", "tile4.c", "products.c"),
     *("maps.c", "normalize.c", "shift.c", "stem.c", "transforms.c"),
 )
 HEADERS = (
     *("matrix.h", "pack.h", "windows.h", "places.h", "finish.h", "maps.h", "activation.h"),
     *("winograd.h", "mix.h", "gradients.h", "products.h"),
 )
-TILES = (2, 4)
+TILES = (2, 3, 4)
 """Sides of the tiles of outputs that the convolution is compiled for."""
 FLAGS = ("-O3", "-march=native", "-fopenmp", "-fPIC")
 BUILD_SECONDS = 120

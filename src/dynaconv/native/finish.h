@@ -1,4 +1,4 @@
-// From sums to maps: a scale, a residual, max-pooling.
+// From sums to maps: what becomes of them, and max-pooling.
 
 #pragma once
 
@@ -46,24 +46,4 @@ ALWAYS void store_window(const __m512 values[4], const Shape *s, int64_t image, 
     int64_t place = ((image * (s->height / 2) + y / 2) * (s->width / 2) + x / 2) * s->outputs + o;
     store(finish->to + place, largest, mask);
     _mm_mask_storeu_epi8(finish->places + place, mask, from);
-}
-
-// Multiplies 2x2 outputs by the scale, adds the residual, and stores them. Returns `product` and their inner product
-// with the probe before that.
-ALWAYS __m512 finish_window(__m512 window[4], const Shape *s, int64_t image, int64_t y, int64_t x, int64_t o,
-                            __mmask16 mask, __mmask16 shared, __m512 scale, __m512 product, const Finish *finish) {
-#pragma GCC unroll 4
-    for (int i = 0; i < 4; i++) {
-        if (finish->probe) {
-            __m512 other = read_place(finish->probe, image, y + i / 2, x + i % 2, o, mask);
-            product = _mm512_fmadd_ps(window[i], other, product);
-        }
-        window[i] = _mm512_mul_ps(window[i], scale);
-        if (shared) {
-            __m512 added = read_place(finish->residual, image, y + i / 2, x + i % 2, o, shared);
-            window[i] = _mm512_add_ps(window[i], added);
-        }
-    }
-    store_window(window, s, image, y, x, o, mask, finish);
-    return product;
 }

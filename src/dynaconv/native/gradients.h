@@ -1,4 +1,4 @@
-// The way back to the kernels and to the weights that mix them: a part of tile2.c and of tile4.c.
+// The way back to the kernels and to the weights that mix them: a part of tile2.c, tile3.c and tile4.c.
 
 #pragma once
 
@@ -20,82 +20,77 @@ static inline void find_tile(const Rows *r, int64_t tile, int64_t *image, int64_
     *image = row / r->down, *y = TILE * (row % r->down), *x = TILE * (tile - below * r->across);
 }
 
-// The inputs of a tile, by column and through B' from top to bottom; the first two columns are the last ones of the
-// tile on its left.
-ALWAYS void read_tile(const Maps *maps, int64_t image, int64_t y, int64_t x, int64_t channel, __mmask16 mask,
-                      const __m512 left[POINTS][POINTS], __m512 column[POINTS][POINTS]) {
-    for (int i = 0; i < 2; i++)
-        if (x > 0)
-            memcpy(column[i], left[TILE + i], sizeof column[i]);
-        else
-            read_column(maps, image, y - 1, i - 1, channel, mask, column[i]);
-#pragma GCC unroll 16
-    for (int i = 2; i < POINTS; i++) read_column(maps, image, y - 1, x + i - 1, channel, mask, column[i]);
-}
-
 // B' x B as `transform_rows`, of pairs of tiles: to (F, pairs, channels) pairs. What a missing tile holds here has no
 // gradient to be multiplied with.
 static void transform_pairs(const Rows *r, int64_t padded, int64_t chunk, uint32_t *to, int64_t stride) {
-    for (int64_t c = 0; c < padded; c += LANES, to += LANES * chunk) {
-        __mmask16 mask = lanes_left(r->maps->channels - c);
-        __m512 column[2][POINTS][POINTS];
-        for (int64_t pair = 0; pair < pairs_of(r); pair++) {
-            for (int i = 0; i < 2; i++) {
-                int64_t image, y, x;
-                find_tile(r, 2 * pair + i, &image, &y, &x);
-                read_tile(r->maps, image, y, x, c, mask, column[1 - i], column[i]);
-            }
-#pragma GCC unroll 16
-            for (int i = 0; i < POINTS; i++) {
-                __m512 row[POINTS], v[2][POINTS];
-#pragma GCC unroll 2
-                for (int second = 0; second < 2; second++) {
-#pragma GCC unroll 16
-                    for (int k = 0; k < POINTS; k++) row[k] = column[second][k][i];
-                    to_points(row, v[second]);
-                }
-#pragma GCC unroll 16
-                for (int j = 0; j < POINTS; j++)
-                    _mm512_storeu_si512(to + (POINTS * i + j) * stride + pair * LANES, interleave(v[0][j], v[1][j]));
-            }
+    for (int64_t pair = 0; pair < pairs_of(r); pair++, to += LANES) {
+        Square squares[2];
+        for (int i = 0; i < 2; i++) {
+            int64_t image, y, x;
+            find_tile(r, 2 * pair + i, &image, &y, &x);
+            find_square(r->maps, image, y - 1, x - 1, POINTS, squares + i);
         }
+        for (int64_t c = 0; c < padded; c += LANES) {
+            __mmask16 mask = lanes_left(r->maps->channels - c);
+            __m512 v[2][F];
+#pragma GCC unroll 2
+            for (int i = 0; i < 2; i++) transform_inputs(squares + i, c, mask, v[i], 0);
+#pragma GCC unroll 36
+            for (int f = 0; f < F; f++) _mm512_storeu_si512(to + c * chunk + f * stride, interleave(v[0][f], v[1][f]));
+        }
+    }
+}
+
+// The gradient of a tile, 16 outputs of it, to points.
+ALWAYS void spread_gradients(const Square *from, int64_t output, __mmask16 mask, __m512 factor, __m512 to[F],
+                             const int pooled) {
+    __m512 column[TILE][POINTS];
+#pragma GCC unroll 16
+    for (int j = 0; j < TILE; j++) {
+        __m512 d[TILE];
+#pragma GCC unroll 16
+        for (int i = 0; i < TILE; i++)
+            d[i] = _mm512_mul_ps(factor, read_square(from, TILE * i + j, output, mask, pooled));
+        spread(d, column[j]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < POINTS; i++) {
+        __m512 row[TILE];
+#pragma GCC unroll 16
+        for (int j = 0; j < TILE; j++) row[j] = column[j][i];
+        spread(row, to + POINTS * i);
+    }
+}
+
+// The same of a pair of tiles, of all outputs.
+ALWAYS void spread_pair(const Square from[2], int64_t outputs, int64_t padded, int64_t chunk, const float factors[2],
+                        uint32_t *to, int64_t stride, const int pooled) {
+    for (int64_t o = 0; o < padded; o += LANES) {
+        __mmask16 mask = lanes_left(outputs - o);
+        __m512 v[2][F];
+#pragma GCC unroll 2
+        for (int i = 0; i < 2; i++) spread_gradients(from + i, o, mask, _mm512_set1_ps(factors[i]), v[i], pooled);
+#pragma GCC unroll 36
+        for (int f = 0; f < F; f++) _mm512_storeu_si512(to + o * chunk + f * stride, interleave(v[0][f], v[1][f]));
     }
 }
 
 // A y A' of pairs of tiles: the gradient towards the products, to (F, pairs, outputs) pairs. Each image has its factor.
 static void spread_pairs(const Rows *r, int64_t padded, int64_t chunk, const float *scales, uint32_t *to,
                          int64_t stride) {
-    for (int64_t o = 0; o < padded; o += LANES, to += LANES * chunk) {
-        __mmask16 mask = lanes_left(r->maps->channels - o);
-        for (int64_t pair = 0; pair < pairs_of(r); pair++) {
-            __m512 column[2][TILE][POINTS];
-#pragma GCC unroll 2
-            for (int second = 0; second < 2; second++) {
-                int64_t image, y, x;
-                find_tile(r, 2 * pair + second, &image, &y, &x);
-                __m512 factor = _mm512_set1_ps(scales ? scales[image] : 1), d[TILE];
-#pragma GCC unroll 16
-                for (int j = 0; j < TILE; j++) {
-#pragma GCC unroll 16
-                    for (int i = 0; i < TILE; i++)
-                        d[i] = _mm512_mul_ps(factor, read_place(r->maps, image, y + i, x + j, o, mask));
-                    spread(d, column[second][j]);
-                }
-            }
-#pragma GCC unroll 16
-            for (int i = 0; i < POINTS; i++) {
-                __m512 row[TILE], v[2][POINTS];
-#pragma GCC unroll 2
-                for (int second = 0; second < 2; second++) {
-#pragma GCC unroll 16
-                    for (int j = 0; j < TILE; j++) row[j] = column[second][j][i];
-                    spread(row, v[second]);
-                }
-#pragma GCC unroll 16
-                for (int j = 0; j < POINTS; j++)
-                    _mm512_storeu_si512(to + (POINTS * i + j) * stride + pair * LANES, interleave(v[0][j], v[1][j]));
-            }
+    for (int64_t pair = 0; pair < pairs_of(r); pair++, to += LANES) {
+        Square squares[2];
+        float factors[2];
+        for (int i = 0; i < 2; i++) {
+            int64_t image, y, x;
+            find_tile(r, 2 * pair + i, &image, &y, &x);
+            find_square(r->maps, image, y, x, TILE, squares + i);
+            factors[i] = scales ? scales[image] : 1;
         }
+        if (r->maps->places)
+            spread_pair(squares, r->maps->channels, padded, chunk, factors, to, stride, 1);
+        else
+            spread_pair(squares, r->maps->channels, padded, chunk, factors, to, stride, 0);
     }
 }
 
@@ -119,12 +114,14 @@ static void restore_kernels(const float *from, int64_t step, int64_t space, int6
     }
 }
 
-static const int64_t MOST_SUMS = (int64_t)12 << 20;  // bytes of a thread's own gradients
+// Bytes of a thread's own gradients: those of two threads are read and written in the last cache that both share, with
+// all that passes by. Of one set in two halves a step took a fifth less at 9 MB and a fifth more at 6.5.
+static const int64_t MOST_SUMS = (int64_t)8 << 20;
 
 // The gradients of `dynaconv_mix` with x from that of its result, dy, (N, H, W, O): towards the kernels,
 // (O, C, side, side) float32 each, and where kernels are mixed towards the weights, (N, K) float32 with K rounded up
 // to a pair. Scales are those of the sums; places, if any, those that max-pooling took the result from.
-// Of mixed kernels `compiled.py` asks tiles of 2 alone. Returns 0, or 1 where memory is short.
+// Returns 0, or 1 where memory is short.
 int OF_TILE(dynaconv_mix_gradients)(const bf16 *x, const bf16 *dy, const uint8_t *places, const uint32_t *kernels,
                                     const uint32_t *weights, const float *scales, const Shape *s, const int64_t *sides,
                                     float *const *to_kernels, float *to_weights, int threads) {
@@ -182,7 +179,7 @@ int OF_TILE(dynaconv_mix_gradients)(const bf16 *x, const bf16 *dy, const uint8_t
                 for (int64_t part = member; part < F * panels; part += members) {
                     int64_t f = part / panels, o = part % panels * PANEL * LANES;
                     int vectors = (int)least(PANEL, (outputs - o) / LANES);
-                    for (int64_t c = 0; c < channels; c += FEW) {
+                    for (int64_t c = 0; c < s->channels; c += FEW) {
                         int64_t place = (f * outputs + o) * channels + c * vectors * LANES;
                         float *to = sums + place * slots;
                         if (chunk == team) memset(to, 0, FEW * slots * vectors * LANES * 4);

@@ -1,5 +1,5 @@
-// The way forward: transforms of kernels and maps, products, and the way from products to maps. A part of tile2.c and
-// of tile4.c.
+// The way forward: transforms of kernels and maps, products, and the way from products to maps. A part of tile2.c,
+// tile3.c and tile4.c.
 
 #pragma once
 
@@ -52,69 +52,103 @@ void OF_TILE(dynaconv_transform_kernels)(const float *const *kernels, const int6
             }
 }
 
-// B' x B of one tile row, 16 channels at a time: to (F, tiles, channels), `stride` numbers from product to product.
-static void transform_rows(const Maps *maps, int64_t image, int64_t padded, int64_t tile_row, int64_t across, bf16 *to,
-                           int64_t stride) {
-    int64_t y = TILE * tile_row - 1;
+// B' x B of a tile, of all channels: its places lie one after the other in memory, and so do those of its neighbours.
+ALWAYS void transform_tile(const Square *from, int64_t channels, int64_t padded, bf16 *to, int64_t stride,
+                           const int pooled) {
     for (int64_t c = 0; c < padded; c += LANES) {
-        __mmask16 mask = lanes_left(maps->channels - c);
-        __m512 column[POINTS][POINTS];
-        for (int x = 0; x < 2; x++) read_column(maps, image, y, x - 1, c, mask, column[TILE + x]);
-        for (int64_t tile = 0; tile < across; tile++) {
-#pragma GCC unroll 16
-            for (int i = 0; i < POINTS; i++) column[0][i] = column[TILE][i], column[1][i] = column[TILE + 1][i];
-#pragma GCC unroll 16
-            for (int x = 2; x < POINTS; x++) read_column(maps, image, y, TILE * tile + x - 1, c, mask, column[x]);
-#pragma GCC unroll 16
-            for (int i = 0; i < POINTS; i++) {
-                __m512 row[POINTS], v[POINTS];
-#pragma GCC unroll 16
-                for (int x = 0; x < POINTS; x++) row[x] = column[x][i];
-                to_points(row, v);
-#pragma GCC unroll 16
-                for (int j = 0; j < POINTS; j++)
-                    store(to + (POINTS * i + j) * stride + tile * padded + c, v[j], 0xffff);
-            }
-        }
+        __m512 v[F];
+        transform_inputs(from, c, lanes_left(channels - c), v, pooled);
+#pragma GCC unroll 36
+        for (int f = 0; f < F; f++) store(to + f * stride + c, v[f], 0xffff);
     }
 }
 
-// A' m A of one tile row, from (F, tiles, outputs) sums, times a scale, plus a residual. Returns their inner product
-// with the probe before either.
-static float write_rows(const float *sums, const Shape *s, int64_t padded, int64_t image, int64_t tile_row,
-                        int64_t across, int64_t stride, const Finish *finish) {
+// B' x B of one tile row: to (F, tiles, channels), `stride` numbers from product to product.
+static void transform_rows(const Maps *maps, int64_t image, int64_t padded, int64_t tile_row, int64_t across, bf16 *to,
+                           int64_t stride) {
+    for (int64_t tile = 0; tile < across; tile++, to += padded) {
+        Square inputs;
+        find_square(maps, image, TILE * tile_row - 1, TILE * tile - 1, POINTS, &inputs);
+        if (maps->places)
+            transform_tile(&inputs, maps->channels, padded, to, stride, 1);
+        else
+            transform_tile(&inputs, maps->channels, padded, to, stride, 0);
+    }
+}
+
+// A' m A of a tile, 16 outputs of it, from (F, tiles, outputs) sums, to rows of SIDE results.
+ALWAYS void transform_sums(const float *sums, int64_t stride, __m512 *to) {
+    __m512 half[POINTS][TILE];
+#pragma GCC unroll 16
+    for (int j = 0; j < POINTS; j++) {
+        __m512 m[POINTS];
+#pragma GCC unroll 16
+        for (int i = 0; i < POINTS; i++) m[i] = _mm512_loadu_ps(sums + (POINTS * i + j) * stride);
+        from_points(m, half[j]);
+    }
+#pragma GCC unroll 16
+    for (int i = 0; i < TILE; i++) {
+        __m512 m[POINTS];
+#pragma GCC unroll 16
+        for (int j = 0; j < POINTS; j++) m[j] = half[j][i];
+        from_points(m, to + SIDE * i);
+    }
+}
+
+// The tiles of a block that begins at (y, x), times a scale, plus a residual, to maps. It has `down` tiles, or one, and
+// `across` of them, or more; `below` numbers are between their rows. Returns their inner product with the probe before
+// either.
+ALWAYS __m512 write_block(const float *sums, const Shape *s, int64_t padded, int64_t image, int64_t y, int64_t x,
+                          int64_t down, int64_t across, int64_t below, int64_t stride, const Finish *finish,
+                          const int pooled) {
+    Square residual, probe;
+    if (finish->residual) find_square(finish->residual, image, y, x, SIDE, &residual);
+    if (finish->probe) find_square(finish->probe, image, y, x, SIDE, &probe);
     __m512 scale = _mm512_set1_ps(finish->scale), product = _mm512_setzero_ps();
-    for (int64_t o = 0; o < padded; o += LANES) {
+    for (int64_t o = 0; o < padded; o += LANES, sums += LANES) {
         __mmask16 mask = lanes_left(s->outputs - o), shared = 0;
         if (finish->residual) shared = mask & lanes_left(most(0, finish->residual->channels - o));
-        for (int64_t tile = 0; tile < across; tile++) {
-            __m512 half[POINTS][TILE];
-#pragma GCC unroll 16
-            for (int j = 0; j < POINTS; j++) {
-                __m512 m[POINTS];
-#pragma GCC unroll 16
-                for (int i = 0; i < POINTS; i++)
-                    m[i] = _mm512_loadu_ps(sums + (POINTS * i + j) * stride + tile * padded + o);
-                from_points(m, half[j]);
-            }
-#pragma GCC unroll 16
-            for (int i = 0; i < TILE; i += 2) {  // two rows of outputs at a time: windows of 2x2
-                __m512 rows[2][TILE];
-#pragma GCC unroll 16
-                for (int below = 0; below < 2; below++) {
-                    __m512 m[POINTS];
-#pragma GCC unroll 16
-                    for (int j = 0; j < POINTS; j++) m[j] = half[j][i + below];
-                    from_points(m, rows[below]);
+        __m512 results[SIDE * SIDE];
+        if (down < BLOCK || across < BLOCK)
+            for (int i = 0; i < SIDE * SIDE; i++) results[i] = _mm512_setzero_ps();
+#pragma GCC unroll 2
+        for (int i = 0; i < BLOCK; i++)
+#pragma GCC unroll 2
+            for (int j = 0; j < BLOCK; j++)
+                if (i < down && j < across)
+                    transform_sums(sums + i * below + j * padded, stride, results + TILE * (SIDE * i + j));
+#pragma GCC unroll 4
+        for (int i = 0; i < SIDE; i += 2)
+#pragma GCC unroll 4
+            for (int j = 0; j < SIDE; j += 2) {
+                if (y + i >= s->height || x + j >= s->width) continue;
+                __m512 window[4];
+#pragma GCC unroll 4
+                for (int k = 0; k < 4; k++) {
+                    int place = SIDE * (i + k / 2) + j + k % 2;
+                    if (finish->probe)
+                        product = _mm512_fmadd_ps(results[place], read_square(&probe, place, o, mask, 0), product);
+                    window[k] = _mm512_mul_ps(results[place], scale);
+                    if (shared) window[k] = _mm512_add_ps(window[k], read_square(&residual, place, o, shared, pooled));
                 }
-#pragma GCC unroll 16
-                for (int j = 0; j < TILE; j += 2) {
-                    __m512 window[4] = {rows[0][j], rows[0][j + 1], rows[1][j], rows[1][j + 1]};
-                    product = finish_window(window, s, image, TILE * tile_row + i, TILE * tile + j, o, mask, shared,
-                                            scale, product, finish);
-                }
+                store_window(window, s, image, y + i, x + j, o, mask, finish);
             }
-        }
+    }
+    return product;
+}
+
+// One row of blocks, to maps: `down` tile rows.
+static float write_rows(const float *sums, const Shape *s, int64_t padded, int64_t image, int64_t tile_row,
+                        int64_t down, int64_t across, int64_t stride, const Finish *finish) {
+    __m512 product = _mm512_setzero_ps();
+    int64_t below = across * padded;
+    for (int64_t tile = 0; tile < across; tile += BLOCK) {
+        const float *from = sums + tile * padded;
+        int64_t y = TILE * tile_row, x = TILE * tile;
+        __m512 more = finish->residual && finish->residual->places
+                          ? write_block(from, s, padded, image, y, x, down, across - tile, below, stride, finish, 1)
+                          : write_block(from, s, padded, image, y, x, down, across - tile, below, stride, finish, 0);
+        product = _mm512_add_ps(product, more);
     }
     return _mm512_reduce_add_ps(product);
 }
@@ -133,6 +167,7 @@ int OF_TILE(dynaconv_mix)(const bf16 *x, const uint8_t *x_places, const uint32_t
                           float *to_scales, bf16 *y, uint8_t *y_places, const Shape *s, int threads) {
     int64_t channels = up(s->channels, LANES), outputs = up(s->outputs, LANES), pairs = (s->kernels + 1) / 2;
     int64_t slots = s->kernels ? 2 * pairs : 1;  // halves of pairs that a channel takes
+    int64_t used = (s->channels + 1) / 2;        // pairs of channels that are not all zeros
     Plan p = plan(s, F * (2 * channels + 4 * outputs), 2 * F * slots * channels * outputs, threads);
     int64_t most_tiles = p.rows_at_once * p.tiles_across;
     // A few numbers more than needed: rows a power of two apart would share one place in the cache.
@@ -168,19 +203,20 @@ int OF_TILE(dynaconv_mix)(const bf16 *x, const uint8_t *x_places, const uint32_t
                         const uint32_t *mixing = pairs ? weights + image * pairs : NULL;
                         float *into = sums + f * sum_step + start * outputs + o;
                         int64_t places = (stop - row) * p.tiles_across;
-                        if (pairs && places > ROWS) mix_panel(mine, mixing, pairs, channels, vectors, panel);
-                        if (pairs && places <= ROWS)
-                            multiply(factors, channels, mine, mixing, pairs, into, outputs, places, vectors);
-                        else
-                            multiply(factors, channels, pairs ? panel : mine, NULL, 0, into, outputs, places, vectors);
+                        int mixes = pairs && places > ROWS;  // a panel for few rows is not worth writing
+                        if (mixes) mix_panel(mine, mixing, pairs, 2 * used, vectors, panel);
+                        multiply(factors, channels / 2, used, mixes ? panel : mine, mixes ? NULL : mixing, pairs, into,
+                                 outputs, places, vectors);
                     }
                 }
-            for (int64_t row = first; row < last; row++) {
-                int64_t image = row / p.tile_rows;
+            for (int64_t row = first, down; row < last; row += down) {
+                int64_t image = row / p.tile_rows, tile_row = row % p.tile_rows;
+                down = least(BLOCK, p.tile_rows - tile_row);
                 finish.scale = scales ? scales[image] : 1;
-                float product = write_rows(sums + (row - first) * p.tiles_across * outputs, s, outputs, image,
-                                           row % p.tile_rows, p.tiles_across, sum_step, &finish);
-                if (probe) to_scales[row] = product;
+                float product = write_rows(sums + (row - first) * p.tiles_across * outputs, s, outputs, image, tile_row,
+                                           down, p.tiles_across, sum_step, &finish);
+                if (!probe) continue;
+                for (int64_t i = 0; i < down; i++) to_scales[row + i] = i ? 0 : product;
             }
         }
         free(space);

@@ -68,14 +68,14 @@ ALWAYS void multiply_rows(const uint32_t *tiles, int64_t tile_stride, const uint
         default: FOR_ROWS(rows, call, 4)       \
     }
 
-// The same for any number of rows, of all channels; `panel` holds kernels to be mixed where `weights` are given.
-void multiply(const uint32_t *tiles, int64_t channels, const uint32_t *panel, const uint32_t *weights, int64_t mixed,
-              float *sums, int64_t sum_stride, int64_t rows, int vectors) {
+// The same for any number of rows; `panel` holds kernels to be mixed where `weights` are given.
+void multiply(const uint32_t *tiles, int64_t tile_stride, int64_t pairs, const uint32_t *panel, const uint32_t *weights,
+              int64_t mixed, float *sums, int64_t sum_stride, int64_t rows, int vectors) {
     for (int64_t row = 0; row < rows; row += ROWS) {
-        const uint32_t *from = tiles + row * channels / 2;
+        const uint32_t *from = tiles + row * tile_stride;
         float *to = sums + row * sum_stride;
-#define MIXED(r, v) multiply_rows(from, channels / 2, panel, weights, mixed, channels / 2, to, sum_stride, r, v)
-#define PLAIN(r, v) multiply_rows(from, channels / 2, panel, NULL, 0, channels / 2, to, sum_stride, r, v)
+#define MIXED(r, v) multiply_rows(from, tile_stride, panel, weights, mixed, pairs, to, sum_stride, r, v)
+#define PLAIN(r, v) multiply_rows(from, tile_stride, panel, NULL, 0, pairs, to, sum_stride, r, v)
         if (weights) {
             FOR_SIZES(least(ROWS, rows - row), vectors, MIXED)
         } else {
@@ -84,8 +84,17 @@ void multiply(const uint32_t *tiles, int64_t channels, const uint32_t *panel, co
     }
 }
 
-// The gradient of a mixed kernel, 4 channels x 16 * `vectors` outputs of one product, over `places` pairs of tiles.
-ALWAYS void sum_products(const Segment *rows, const Offsets *at, __m512 sum[FEW][PANEL], const int vectors) {
+// A vector that stays in its register: the compiler would rather load it again for each product, more often than the
+// processor can.
+ALWAYS __m512i held(__m512i vector) {
+    __asm__("" : "+v"(vector));
+    return vector;
+}
+
+// The gradient of a mixed kernel, 4 channels x 16 * `vectors` outputs of one product, over `places` pairs of tiles. As
+// many numbers are fetched from `next` meanwhile, if any, to be written to: from afar that takes as long as the sums.
+ALWAYS void sum_products(const Segment *rows, const Offsets *at, const float *next, __m512 sum[FEW][PANEL],
+                         const int vectors) {
     const uint32_t *tiles = rows->tiles + at->tiles, *products = rows->products + at->products;
 #pragma GCC unroll 4
     for (int i = 0; i < FEW; i++)
@@ -93,8 +102,9 @@ ALWAYS void sum_products(const Segment *rows, const Offsets *at, __m512 sum[FEW]
         for (int v = 0; v < vectors; v++) sum[i][v] = _mm512_setzero_ps();
     for (int64_t p = 0; p < rows->places; p++) {
         __m512i factor[PANEL];
+        if (next && p < FEW * vectors) __builtin_prefetch(next + p * LANES, 1);
 #pragma GCC unroll 4
-        for (int v = 0; v < vectors; v++) factor[v] = _mm512_load_si512(products + v * at->step + p * LANES);
+        for (int v = 0; v < vectors; v++) factor[v] = held(_mm512_load_si512(products + v * at->step + p * LANES));
 #pragma GCC unroll 4
         for (int i = 0; i < FEW; i++) {
             __m512i tile = _mm512_set1_epi32((int)tiles[p * LANES + i]);
@@ -129,9 +139,7 @@ ALWAYS void share_with_weights(__m512 sum[FEW][PANEL], const uint32_t *kernels, 
 // Of a convolution the gradient goes to the one kernel as it is.
 ALWAYS void add_whole(const Segment *rows, const Offsets *at, float *to_kernel, const int vectors) {
     __m512 sum[FEW][PANEL];
-    // On their way from afar while the sums are made: a fifth of the time.
-    for (int i = 0; i < FEW * vectors; i++) __builtin_prefetch(to_kernel + i * LANES, 1);
-    sum_products(rows, at, sum, vectors);
+    sum_products(rows, at, to_kernel, sum, vectors);
 #pragma GCC unroll 4
     for (int i = 0; i < FEW; i++)
 #pragma GCC unroll 4
@@ -147,7 +155,7 @@ ALWAYS void share_out(const Segment *image, const Offsets *at, const uint32_t *k
                       float *to_kernels, const int vectors) {
     const uint32_t *weights = image->weights;
     __m512 sum[FEW][PANEL];
-    sum_products(image, at, sum, vectors);
+    sum_products(image, at, NULL, sum, vectors);
     for (int64_t k = 0; k < count; k += 2, weights++) {
         __m512i both = _mm512_set1_epi32((int)*weights);
         __m512 first = first_of(both), second = second_of(both);
@@ -193,13 +201,13 @@ ALWAYS void share_out_two(const Segment images[2], const Offsets *at, const uint
     __m512 sum[FEW][PANEL];
     __m512i both[FEW][PANEL];
     float kept[FEW * PANEL * LANES] __attribute__((aligned(64)));
-    sum_products(images, at, sum, vectors);
+    sum_products(images, at, NULL, sum, vectors);
     share_with_weights(sum, kernels, count, pairs, images[0].to_weights, vectors);
 #pragma GCC unroll 4
     for (int i = 0; i < FEW; i++)
 #pragma GCC unroll 4
         for (int v = 0; v < vectors; v++) _mm512_store_ps(kept + (i * vectors + v) * LANES, sum[i][v]);
-    sum_products(images + 1, at, sum, vectors);
+    sum_products(images + 1, at, NULL, sum, vectors);
     share_with_weights(sum, kernels, count, pairs, images[1].to_weights, vectors);
 #pragma GCC unroll 4
     for (int i = 0; i < FEW; i++)

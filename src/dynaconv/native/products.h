@@ -29,7 +29,8 @@ typedef struct {
 
 INTERNAL void mix_panel(const uint32_t *kernels, const uint32_t *weights, int64_t pairs, int64_t channels, int vectors,
                         uint32_t *panel);
-INTERNAL void multiply(const uint32_t *tiles, int64_t channels, const uint32_t *panel, const uint32_t *weights,
-                       int64_t mixed, float *sums, int64_t sum_stride, int64_t rows, int vectors);
+INTERNAL void multiply(const uint32_t *tiles, int64_t tile_stride, int64_t pairs, const uint32_t *panel,
+                       const uint32_t *weights, int64_t mixed, float *sums, int64_t sum_stride, int64_t rows,
+                       int vectors);
 INTERNAL void add_gradients(const Segment *segments, int64_t rows, const Offsets *at, const uint32_t *kernels,
                             int64_t count, int64_t pairs, float *to, int vectors);
