@@ -354,7 +354,7 @@ def test_the_kernels_of_a_single_image_are_mixed_once(sides, memory_format):
             assert distance(mix_grouped(inputs, kernels, weights.bfloat16()), expected) < 1e-2
 
 
-@needs_tiles
+@needs_library
 @pytest.mark.parametrize("pooling", [False, True], ids=["whole", "pooled"])
 @pytest.mark.parametrize("residual", ["none", "inputs", "another"])
 @pytest.mark.parametrize("case", SINGLE, ids=str)
@@ -373,7 +373,18 @@ def test_a_single_image_goes_through_kernels_mixed_as_they_are_read(case, residu
         assert distance(found, expected) < 5e-3
 
 
-@needs_tiles
+@needs_library
+def test_a_single_image_goes_the_way_of_all_where_the_system_keeps_the_tiles_from_the_library(monkeypatch):
+    inputs, kernels, weights, _ = make_case(1, 24, 40, 7, 6, (3, 3))
+    monkeypatch.setattr(native, "convolves_directly", lambda: False)
+    monkeypatch.setattr(native, "has_matrix_tiles", lambda: False)
+    expected = literal(inputs.float(), kernels, weights.float(), inputs.float())
+    with torch.no_grad():
+        assert not compiled.mixes_single(inputs)
+        assert distance(mix_compiled(inputs, kernels, weights, inputs), expected) < 2e-2
+
+
+@needs_library
 @pytest.mark.parametrize("threads", [1, 3])
 def test_a_single_image_is_the_same_for_any_number_of_threads(threads):
     inputs, kernels, weights, _ = make_case(1, 40, 200, 7, 6, (3, 1, 3))
@@ -387,7 +398,7 @@ def test_a_single_image_is_the_same_for_any_number_of_threads(threads):
             torch.set_num_threads(before)
 
 
-@needs_tiles
+@needs_library
 def test_a_block_takes_a_single_image_through_it_where_nothing_is_trained():
     block, image = Block(24, 40, 2, (3, 1)), torch.randn(1, 24, 8, 8, generator=torch.Generator().manual_seed(0))
     expected = functional.max_pool2d(block(image), 2).detach()

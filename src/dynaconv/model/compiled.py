@@ -51,13 +51,13 @@ def pays(inputs: torch.Tensor) -> bool:
 
 
 def mixes_single(inputs: torch.Tensor) -> bool:
-    """Tells whether `mix` mixes the kernels of a single image as it reads them: on matrix tiles, without gradients.
+    """Tells whether `mix` mixes the kernels of a single image as it reads them: where nothing is trained.
 
     On large maps there is little to gain, and every thread holds all of them in its working space.
     """
     if len(inputs) != 1 or torch.is_grad_enabled() or inputs.numel() > MOST_NUMBERS:
         return False
-    return computes(inputs) and native.has_matrix_tiles()
+    return pays(inputs) and native.convolves_directly()
 
 
 def mix(

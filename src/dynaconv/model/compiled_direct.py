@@ -2,7 +2,8 @@
 
 A tile multiplies eight times as fast as anything else there. On small maps K convolutions, one after the other, each
 weighted and added to the last one's result as it is written, cost less than mixing K kernels for every image would; on
-larger ones every image gets a mixed kernel of its own. Of a single image the kernels are mixed as they are read.
+larger ones every image gets a mixed kernel of its own. Of a single image the kernels are mixed as they are read, and
+that alone is there without such tiles, too.
 """
 
 from collections.abc import Sequence

@@ -81,6 +81,13 @@ def has_matrix_tiles() -> bool:
 
 
 @lru_cache(maxsize=1)
+def convolves_directly() -> bool:
+    """Tells whether the library computes at least a single image directly: not if it may not use the tiles it knows."""
+    found = library()
+    return found is not None and found.dynaconv_matrix_tiles() != 0
+
+
+@lru_cache(maxsize=1)
 def leaves_tiles_unused() -> bool:
     """Tells whether the processor has matrix tiles that the compiler did not know: torch's convolutions use them."""
     found = library()
@@ -187,6 +194,7 @@ def _load(path: Path) -> ctypes.CDLL:
         getattr(loaded, f"dynaconv_mix{tile}").argtypes = [*[pointer] * 6, number, *[pointer] * 4, shape, threads]
         gradients = getattr(loaded, f"dynaconv_mix_gradients{tile}")
         gradients.argtypes = [*[pointer] * 6, shape, *[pointer] * 3, threads]
+    loaded.dynaconv_direct_single.argtypes = [*[pointer] * 5, number, *[pointer] * 2, shape, threads]
     if hasattr(loaded, "dynaconv_direct"):  # built for a processor with matrix tiles
         loaded.dynaconv_pack_kernel.argtypes = [pointer, number, shape, ctypes.c_int, pointer, threads]
         loaded.dynaconv_pack_kernel.restype = None
@@ -199,7 +207,6 @@ def _load(path: Path) -> ctypes.CDLL:
         loaded.dynaconv_pack_kernels.argtypes = [pointer, pointer, shape, ctypes.c_int, pointer, threads]
         loaded.dynaconv_pack_kernels.restype = None
         loaded.dynaconv_direct_mix.argtypes = [*[pointer] * 5, number, *[pointer] * 2, shape, threads]
-        loaded.dynaconv_direct_single.argtypes = [*[pointer] * 5, number, *[pointer] * 2, shape, threads]
         loaded.dynaconv_direct_mix_gradients.argtypes = [*[pointer] * 6, shape, *[pointer] * 2, threads]
         loaded.dynaconv_direct_gradients.argtypes = [*[pointer] * 4, number, shape, pointer, threads]
     loaded.dynaconv_unpool.argtypes = [*[pointer] * 3, shape, threads]

@@ -1,4 +1,4 @@
-// The mixture for a single image, the way forward alone, on matrix tiles.
+// The mixture for a single image, the way forward alone, on matrix tiles or without.
 //
 // Where one image is all there is, reading K kernels from memory takes longer than all that is done with them. They are
 // read as they lie, once, for 32 outputs at a time. Their sum is transposed into tiles, convolved with and forgotten
@@ -7,8 +7,6 @@
 // Letters: H W map, C channels in, O channels out, K kernels.
 
 #include "places.h"
-
-#ifdef MATRIX_TILES
 
 enum { BLOCK = MATRIX_DEPTH * TAPS };  // numbers of 32 channels of one output's kernel
 
@@ -86,5 +84,3 @@ int dynaconv_direct_single(const bf16 *x, const float *const *kernels, const int
     }
     return failed;
 }
-
-#endif

@@ -47,6 +47,13 @@ static inline __m512 dot(__m512 sum, __m512i a, __m512i b) {
     return _mm512_dpbf16_ps(sum, (__m512bh)a, (__m512bh)b);
 }
 
+// A vector that stays in its register: the compiler would rather load it again for each product, more often than the
+// processor can.
+ALWAYS __m512i held(__m512i vector) {
+    __asm__("" : "+v"(vector));
+    return vector;
+}
+
 // Aligned to a line of the cache: a vector across two lines costs twice as much.
 static inline float *zeros(int64_t count) {
     float *space = aligned_alloc(64, up(most(1, count) * 4, 64));

@@ -3,17 +3,12 @@
 //
 //   sums[16 rows][16 columns] += left[16 rows][16 pairs] * right[16 pairs][16 columns]
 //
-// Left rows are 32 numbers side by side; the right one holds pairs of its rows side by side, as AVX-512's products do.
+// Left rows are 32 numbers side by side; the right one holds pairs of its rows side by side, as AVX-512's products do,
+// so that these can take the same tiles, a line at a time, where the processor has no such registers.
 
 #pragma once
 
 #include "finish.h"
-
-#ifdef __AMX_BF16__
-#define MATRIX_TILES 1
-
-#include <sys/syscall.h>
-#include <unistd.h>
 
 enum {
     MATRIX_ROWS = 16,      // of a tile
@@ -21,6 +16,15 @@ enum {
     MATRIX_PAIRS = 256,    // pairs of numbers in a tile
     MATRIX_STRIDE = 64,    // bytes from row to row: tiles lie densely in packed memory
 };
+
+// To be said between writing memory and loading tiles from it, which the compiler does not know to read it.
+#define WRITTEN __asm__ volatile("" ::: "memory")
+
+#ifdef __AMX_BF16__
+#define MATRIX_TILES 1
+
+#include <sys/syscall.h>
+#include <unistd.h>
 
 typedef struct {
     uint8_t palette, start, reserved[14];
@@ -39,9 +43,6 @@ ALWAYS void take_tiles(MatrixConfig *before) {
 }
 
 ALWAYS void give_tiles_back(const MatrixConfig *before) { _tile_loadconfig(before); }
-
-// To be said between writing memory and loading tiles from it, which the compiler does not know to read it.
-#define WRITTEN __asm__ volatile("" ::: "memory")
 
 // The tiles of sums: four of a window, six of a gradient.
 ALWAYS void zero_four(void) {
@@ -80,6 +81,15 @@ ALWAYS void store_six(float *to) {
     _tile_stored(4, to + 4 * MATRIX_PAIRS, MATRIX_STRIDE);
     _tile_stored(5, to + 5 * MATRIX_PAIRS, MATRIX_STRIDE);
 }
+
+#else
+typedef struct {
+    char none;
+} MatrixConfig;
+
+ALWAYS void take_tiles(MatrixConfig *before) { before->none = 0; }
+ALWAYS void give_tiles_back(const MatrixConfig *before) { (void)before; }
+#endif
 
 static inline int64_t blocks_of(int64_t channels) { return (channels + MATRIX_DEPTH - 1) / MATRIX_DEPTH; }
 
@@ -211,5 +221,3 @@ ALWAYS __m512 finish_outputs(__m512 low[4], __m512 high[4], const Shape *s, int6
     _mm256_mask_storeu_epi8(finish->places + place, mask, _mm256_set_m128i(from[1], from[0]));
     return product;
 }
-
-#endif

@@ -6,8 +6,6 @@
 
 #include "matrix.h"
 
-#ifdef MATRIX_TILES
-
 enum { TAPS = 9, COLUMNS = MATRIX_DEPTH * TAPS * LANES };  // numbers of columns, at most
 
 // (32, taps, 16) columns of the rows of 16 outputs, or of those that are left: each row `numbers` long, or longer, and
@@ -63,5 +61,3 @@ static void pack_kernel(const float *kernel, int64_t taps, const Shape *s, int t
                         columns);
     pair_columns(columns, taps, apart, to);
 }
-
-#endif

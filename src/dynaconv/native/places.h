@@ -1,11 +1,9 @@
-// Convolutions of one image with a kernel of its own on matrix tiles: a product's 16 rows are 16 places of the image,
-// one after the other along its rows.
+// Convolutions of one image with a kernel of its own, on matrix tiles or without: a product's 16 rows are 16 places of
+// the image, one after the other along its rows.
 
 #pragma once
 
 #include "pack.h"
-
-#ifdef MATRIX_TILES
 
 // How the maps of an image are packed: in planes of 32 channels, with zeros around. If the map's rows are whole tiles,
 // the places to the left of 16 are 16 lines of the same plane. Else there are three planes, moved by one place each, in
@@ -36,6 +34,7 @@ static void pack_planes(const Maps *maps, int64_t image, const Planes *planes, b
     }
 }
 
+#ifdef MATRIX_TILES
 // The sums of 64 places of an image from `place` on for 16 outputs, from its packed maps and its kernel: (64, 16).
 static void multiply_places(const bf16 *maps, const Planes *planes, const Shape *s, const uint32_t *kernel,
                             int64_t place, float *sums) {
@@ -53,6 +52,35 @@ static void multiply_places(const bf16 *maps, const Planes *planes, const Shape 
         }
     store_four(sums);
 }
+#else
+// The same of 16 places, whose sums are held in registers.
+static void multiply_row(const bf16 *maps, const Planes *planes, int64_t blocks, const uint32_t *kernel, float *sums) {
+    __m512 sum[MATRIX_ROWS];
+#pragma GCC unroll 16
+    for (int i = 0; i < MATRIX_ROWS; i++) sum[i] = _mm512_setzero_ps();
+    for (int64_t block = 0; block < blocks; block++, maps += planes->moves * planes->numbers)
+        for (int64_t tap = 0; tap < TAPS; tap++) {
+            int64_t right = planes->moves == 1 ? tap % 3 * MATRIX_DEPTH : tap % 3 * planes->numbers;
+            const uint32_t *lines = (const uint32_t *)(maps + tap / 3 * planes->row * MATRIX_DEPTH + right);
+            for (int64_t pair = 0; pair < MATRIX_DEPTH / 2; pair++, kernel += LANES) {
+                __m512i outputs = held(_mm512_load_si512(kernel));
+#pragma GCC unroll 16
+                for (int i = 0; i < MATRIX_ROWS; i++)
+                    sum[i] = dot(sum[i], outputs, _mm512_set1_epi32((int)lines[i * MATRIX_DEPTH / 2 + pair]));
+            }
+        }
+#pragma GCC unroll 16
+    for (int i = 0; i < MATRIX_ROWS; i++) _mm512_store_ps(sums + i * LANES, sum[i]);
+}
+
+static void multiply_places(const bf16 *maps, const Planes *planes, const Shape *s, const uint32_t *kernel,
+                            int64_t place, float *sums) {
+    int64_t last = least(s->height * s->width, place + 64);
+    for (; place < last; place += MATRIX_ROWS, sums += MATRIX_ROWS * LANES)
+        multiply_row(maps + (place / s->width * planes->row + place % s->width) * MATRIX_DEPTH, planes,
+                     blocks_of(s->channels), kernel, sums);
+}
+#endif
 
 // What is done with the sums of two rows of an image for 32 outputs from `o`: (2, places, 16), and so many more that
 // 2x2 places can be read from the last one on.
@@ -96,5 +124,3 @@ static void convolve_image(const bf16 *maps, const Planes *planes, const Shape *
         }
     }
 }
-
-#endif

@@ -84,13 +84,6 @@ void multiply(const uint32_t *tiles, int64_t tile_stride, int64_t pairs, const u
     }
 }
 
-// A vector that stays in its register: the compiler would rather load it again for each product, more often than the
-// processor can.
-ALWAYS __m512i held(__m512i vector) {
-    __asm__("" : "+v"(vector));
-    return vector;
-}
-
 // The gradient of a mixed kernel, 4 channels x 16 * `vectors` outputs of one product, over `places` pairs of tiles. As
 // many numbers are fetched from `next` meanwhile, if any, to be written to: from afar that takes as long as the sums.
 ALWAYS void sum_products(const Segment *rows, const Offsets *at, const float *next, __m512 sum[FEW][PANEL],
