@@ -25,12 +25,12 @@ def fast92() -> Recipe:
     """A network that learns in few epochs: whitening stem, Muon, growing images, two kernel sizes in the smallest maps.
 
     Command: dynaconv train fast92 --data cifar10
-    Cost: 134 seconds on two cores with matrix tiles (AMX), 1.5 GB of memory; 6 minutes, 2.0 GB with bfloat16 alone.
+    Cost: 134 seconds on two cores with matrix tiles (AMX), 1.5 GB of memory.
     Result on CIFAR-10: 92.72% in the mean of 5 seeds with all images used, `--validation-fraction 0`
-    (benchmarks/results/fast92-all.json); 92.72% in the mean of 5 seeds for another nine (fast92-avx512.json). With
-    `--epochs 8 --train-scales 0.5 0.5 0.5 0.75 0.75 0.75 1 1`, 92.55% in the mean of 5 seeds, in 117 seconds
-    (fast92-short.json). With a tenth held out for validation, 92.50% of the test images, 93.20% by six views, 1 seed,
-    in 167 seconds with the views, 1.6 GB (benchmarks/results/fast92.json).
+    (benchmarks/results/fast92-all.json). With `--epochs 8 --train-scales 0.5 0.5 0.5 0.75 0.75 0.75 1 1`, 92.55% in the
+    mean of 5 seeds, in 117 seconds (fast92-short.json); with AVX-512 and bfloat16, but without matrix tiles, 92.46% in
+    the mean of 5 seeds, in 239 seconds, 2.0 GB (fast92-avx512.json). With a tenth held out for validation, 92.50% of
+    the test images, 93.20% by six views, 1 seed, in 167 seconds with the views, 1.6 GB (fast92.json).
     """
     return with_settings(
         Recipe(name="fast92"),
