@@ -34,7 +34,8 @@ CASES = [
     (6, 16, 32, 10, 10, (3, 3, 1)),  # the same, but that pairs stay in their image
     (6, 96, 64, 4, 4, (3, 1)),  # small maps, of which the 1x1 kernel is left to torch
     (5, 256, 208, 5, 4, (3, 3, 3)),  # gradients so large that threads share them
-    (3, 320, 304, 9, 3, (3,)),  # the same of one kernel, with tiles of 4
+    (3, 320, 304, 9, 3, (3,)),  # the same of one kernel, with tiles of 3 and 4
+    (40, 16, 32, 8, 8, (3,)),  # several images a chunk, of an odd number of tile rows
     (3, 40, 80, 13, 10, (3, 3, 3, 3)),  # large enough to be mixed on matrix tiles: places beyond the last whole tile
     (20, 48, 32, 12, 12, (3, 3, 1, 3, 3)),  # the same, more kernels than are shared out by a loop of their own
     (6, 40, 48, 17, 16, (3, 3)),  # the same, rows that are whole tiles, and an odd number of them
@@ -173,6 +174,30 @@ def test_a_1x1_kernel_is_mixed_in_on_maps_large_for_their_channels(monkeypatch, 
     with torch.autocast("cpu", torch.bfloat16):
         mix_compiled(inputs, kernels, weights, inputs)
     assert seen == taken
+
+
+@needs_library
+def test_a_single_image_has_its_1x1_kernel_mixed_in_wherever_nothing_is_trained(monkeypatch):
+    seen = []
+    real = compiled.mix
+    monkeypatch.setattr(
+        compiled, "mix", lambda *given: seen.extend(kernel.shape[-1] for kernel in given[1]) or real(*given)
+    )
+    inputs, kernels, weights, _ = make_case(1, 48, 48, 2, 2, (3, 1))
+    with torch.no_grad():
+        mix_compiled(inputs, kernels, weights, inputs)
+    assert seen == [3, 1]
+
+
+@needs_library
+@pytest.mark.parametrize("images", [1, 3])
+@pytest.mark.parametrize("size", [(1, 9), (7, 1), (1, 1)], ids=str)
+def test_maps_of_one_row_or_column(size, images, tile):
+    *case, _ = make_case(images, 24, 40, *size, (3, 1))
+    expected = gradients(literal, case, "inputs", precise=True)
+    assert_near(gradients(mix_compiled, case, "inputs"), expected, 2e-2 if tile == 4 else 1e-2)
+    with torch.no_grad(), torch.autocast("cpu", torch.bfloat16):
+        assert distance(mix_compiled(*case, case[0]), expected[0]) < 2e-2
 
 
 @needs_library

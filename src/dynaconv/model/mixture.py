@@ -140,8 +140,8 @@ def mix_compiled(
     Arguments and result as in `mix_literally`, `residual` and `pooled` as in `compiled.mix`. One 3x3 kernel among
     others is convolved with, scaled and added to what they give; of several, or with 1x1 kernels on maps that are large
     for their channels, every image gets its own mixture, 1x1 kernels included. On matrix tiles it is what costs less of
-    these, for all kernels (`compiled_direct.mixes`). Where the machine has no such
-    convolution, or the inputs are not bfloat16, this is the literal form.
+    these, for all kernels (`compiled_direct.mixes`); a single image gets its mixture wherever `compiled.mixes_single`
+    holds. Where the machine has no such convolution, or the inputs are not bfloat16, this is the literal form.
     Cost: that of `compiled.mix`, and a convolution for each kernel that it does not take.
     """
     threes = [k for k, kernel in enumerate(kernels) if kernel.shape[-1] == 3]
@@ -153,7 +153,7 @@ def mix_compiled(
         return functional.max_pool2d(literal, 2) if pooled else literal
     # Between the transforms a 1x1 kernel costs as much as a 3x3 one: worth it if kernels are mixed there anyway, and
     # where mixing them for each image is little beside what the mixture is then used for (docs/log.md).
-    direct = compiled.pick_tile(*inputs.shape[2:]) == compiled.DIRECT
+    direct = compiled.mixes_single(inputs) or compiled.pick_tile(*inputs.shape[2:]) == compiled.DIRECT
     together = direct or len(threes) > 1 or 2 * inputs.shape[2] * inputs.shape[3] > max(inputs.shape[1], outputs)
     taken = [k for k, kernel in enumerate(kernels) if kernel.shape[-1] in (1, 3)] if together else threes
     others = [k for k in range(len(kernels)) if k not in taken]

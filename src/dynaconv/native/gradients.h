@@ -114,8 +114,8 @@ static void restore_kernels(const float *from, int64_t step, int64_t space, int6
     }
 }
 
-// Bytes of a thread's own gradients: those of two threads are read and written in the last cache that both share, with
-// all that passes by. Of one set in two halves a step took a fifth less at 9 MB and a fifth more at 6.5.
+// Bytes of a thread's own gradients at most. Those of two threads have to stay in the last cache beside all that passes
+// by: at 9 MB it took a fifth longer than one set for both, at 6.5 MB a fifth less (docs/log.md).
 static const int64_t MOST_SUMS = (int64_t)8 << 20;
 
 // The gradients of `dynaconv_mix` with x from that of its result, dy, (N, H, W, O): towards the kernels,

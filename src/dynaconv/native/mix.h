@@ -52,7 +52,7 @@ void OF_TILE(dynaconv_transform_kernels)(const float *const *kernels, const int6
             }
 }
 
-// B' x B of a tile, of all channels: its places lie one after the other in memory, and so do those of its neighbours.
+// B' x B of a tile, of all channels, which lie one after the other at each of its places.
 ALWAYS void transform_tile(const Square *from, int64_t channels, int64_t padded, bf16 *to, int64_t stride,
                            const int pooled) {
     for (int64_t c = 0; c < padded; c += LANES) {
@@ -95,9 +95,9 @@ ALWAYS void transform_sums(const float *sums, int64_t stride, __m512 *to) {
     }
 }
 
-// The tiles of a block that begins at (y, x), times a scale, plus a residual, to maps. It has `down` tiles, or one, and
-// `across` of them, or more; `below` numbers are between their rows. Returns their inner product with the probe before
-// either.
+// The tiles of a block that begins at (y, x), times a scale, plus a residual, to maps. `down` tile rows of it are
+// there, and `across` tiles from it to the end of the row; sums of the next tile row lie `below` numbers further on.
+// Returns the inner product with the probe before either.
 ALWAYS __m512 write_block(const float *sums, const Shape *s, int64_t padded, int64_t image, int64_t y, int64_t x,
                           int64_t down, int64_t across, int64_t below, int64_t stride, const Finish *finish,
                           const int pooled) {
@@ -159,7 +159,7 @@ static float write_rows(const float *sums, const Shape *s, int64_t padded, int64
 //   weights    (N, K / 2) pairs, where kernels are mixed
 //   scales     (N,) factors of the sums, or none
 //   residual   (N, H, W, residual_channels), added to the scaled sums, or none; as x if it is x
-//   probe      (N, H, W, O), or none: to_scales, (N, tile rows), gets its inner product with the sums, unscaled
+//   probe      (N, H, W, O), or none: to_scales, (N, tile rows), which add up to its inner product with the sums
 //   y_places   (N, H / 2, W / 2, O), or none: y is then of this size, after max-pooling by 2x2, and this tells whence
 // Returns 0, or 1 where memory is short.
 int OF_TILE(dynaconv_mix)(const bf16 *x, const uint8_t *x_places, const uint32_t *kernels, const uint32_t *weights,

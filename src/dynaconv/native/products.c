@@ -85,7 +85,7 @@ void multiply(const uint32_t *tiles, int64_t tile_stride, int64_t pairs, const u
 }
 
 // The gradient of a mixed kernel, 4 channels x 16 * `vectors` outputs of one product, over `places` pairs of tiles. As
-// many numbers are fetched from `next` meanwhile, if any, to be written to: from afar that takes as long as the sums.
+// many numbers are fetched from `next` meanwhile, if any, to be written to, a line for each pair: they are far away.
 ALWAYS void sum_products(const Segment *rows, const Offsets *at, const float *next, __m512 sum[FEW][PANEL],
                          const int vectors) {
     const uint32_t *tiles = rows->tiles + at->tiles, *products = rows->products + at->products;

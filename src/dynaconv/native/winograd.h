@@ -260,7 +260,7 @@ static inline void find_square(const Maps *maps, int64_t image, int64_t y, int64
         }
 }
 
-// 16 channels from `channel` at one place; zeros outside the map, where `mask` is zero, and where max-pooling took none.
+// 16 channels from `channel` at one place; zeros outside the map, where max-pooling took none, and where `mask` is.
 ALWAYS __m512 read_square(const Square *from, int place, int64_t channel, __mmask16 mask, const int pooled) {
     const bf16 *numbers = from->numbers[place];
     numbers = numbers ? numbers + channel : nothing;
