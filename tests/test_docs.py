@@ -110,7 +110,7 @@ def test_figures_of_the_default_recipe_are_those_of_its_result():
             "fast92",
             "`fast92` in 8 epochs, 3 at 16 pixels, 3 at 24, 2 at 32, `--validation-fraction 0`",
         ),
-        ("fast92-avx512", "fast92", "`fast92` in the same 8 epochs, `--validation-fraction 0`"),
+        ("fast92-avx512", "fast92", "`fast92` in the 8 epochs above, `--validation-fraction 0`"),
         ("fast94", "fast94", "`fast94` with `--validation-fraction 0`"),
     ],
 )

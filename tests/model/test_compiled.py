@@ -153,6 +153,30 @@ def test_the_tiles_with_the_fewest_products(monkeypatch, size, besides, tile):
 
 @needs_library
 @pytest.mark.parametrize(
+    ("sides", "back_to_weights", "asked"),
+    [
+        ((3,), True, [0, 0, compiled.SHARING]),  # the first block: nothing goes back to its inputs
+        ((3,), False, [0, 0, 0]),
+        ((3, 3), True, [2 * compiled.MIXING, 2 * compiled.MIXING, 2 * compiled.SHARING]),
+    ],
+    ids=str,
+)
+def test_a_tile_is_picked_by_what_is_done_at_its_points(monkeypatch, sides, back_to_weights, asked):
+    seen = []
+    real = compiled.pick_tile
+    monkeypatch.setattr(native, "has_matrix_tiles", lambda: False)
+    monkeypatch.setattr(
+        compiled, "pick_tile", lambda height, width, besides=0: seen.append(besides) or real(height, width, besides)
+    )
+    inputs, kernels, weights, _ = make_case(2, 16, 16, 8, 8, sides)
+    for kernel in kernels:
+        kernel.requires_grad_()
+    compiled.mix(inputs, kernels, weights.requires_grad_(back_to_weights)).sum().backward()
+    assert seen == asked
+
+
+@needs_library
+@pytest.mark.parametrize(
     ("channels", "outputs", "side", "sides", "taken"),
     [
         (48, 48, 8, (3, 1), [3, 1]),
@@ -468,10 +492,13 @@ class OfAnOldCompiler:
 def test_a_compiler_that_knows_no_tiles_leaves_convolutions_to_torch_where_there_are_some(monkeypatch, tiles):
     monkeypatch.setattr(native, "_outcome", lambda: (OfAnOldCompiler(), None))
     monkeypatch.setattr(native, "_capabilities", lambda: {"avx512_bf16": True, "amx_bf16": tiles})
-    for name in ("has_matrix_tiles", "leaves_tiles_unused"):  # what they found here stays for other tests
+    # What they found here stays for other tests.
+    for name in ("has_matrix_tiles", "leaves_tiles_unused", "convolves_directly"):
         monkeypatch.setattr(native, name, getattr(native, name).__wrapped__)
     assert not native.has_matrix_tiles()
     form = choose_form((3, 3), 32, torch.empty(8, 32, 8, 8, dtype=torch.bfloat16))
+    with torch.no_grad():
+        assert compiled.mixes_single(torch.empty(1, 32, 8, 8, dtype=torch.bfloat16)) != tiles
     told = native.advice(convolutions=True)
     assert native.advice(convolutions=False) is None
     if tiles:

@@ -2,6 +2,15 @@
 
 #include "maps.h"
 
+// 16 channels from `channel` at one place of one image, before max-pooling: zeros where it took none.
+static __m512 read_place(const Maps *maps, int64_t image, int64_t y, int64_t x, int64_t channel, __mmask16 mask) {
+    int64_t height = maps->height / 2, width = maps->width / 2;
+    if (y / 2 >= height || x / 2 >= width) return _mm512_setzero_ps();
+    int64_t place = ((image * height + y / 2) * width + x / 2) * maps->channels + channel;
+    __m128i taken = _mm_maskz_loadu_epi8(mask, maps->places + place), here = _mm_set1_epi8((char)(y % 2 * 2 + x % 2));
+    return load(maps->numbers + place, _mm_mask_cmpeq_epi8_mask(mask, taken, here));
+}
+
 // Undoes max-pooling: puts numbers, (N, H / 2, W / 2, O), where they were taken from in (N, H, W, O), zeros elsewhere.
 void dynaconv_unpool(const bf16 *numbers, const uint8_t *places, bf16 *to, const Shape *s, int threads) {
     Maps maps = {numbers, places, s->height, s->width, s->outputs};

@@ -67,16 +67,3 @@ typedef struct {
     const uint8_t *places;  // or none
     int64_t height, width, channels;
 } Maps;
-
-// 16 channels from `channel` at one place of one image; zeros outside the map and where `mask` is zero.
-static inline __m512 read_place(const Maps *maps, int64_t image, int64_t y, int64_t x, int64_t channel,
-                                __mmask16 mask) {
-    if (y < 0 || y >= maps->height || x < 0 || x >= maps->width) return _mm512_setzero_ps();
-    if (!maps->places)
-        return load(maps->numbers + ((image * maps->height + y) * maps->width + x) * maps->channels + channel, mask);
-    int64_t height = maps->height / 2, width = maps->width / 2;
-    if (y / 2 >= height || x / 2 >= width) return _mm512_setzero_ps();
-    int64_t place = ((image * height + y / 2) * width + x / 2) * maps->channels + channel;
-    __m128i taken = _mm_maskz_loadu_epi8(mask, maps->places + place), here = _mm_set1_epi8((char)(y % 2 * 2 + x % 2));
-    return load(maps->numbers + place, _mm_mask_cmpeq_epi8_mask(mask, taken, here));
-}

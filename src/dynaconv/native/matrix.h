@@ -83,6 +83,7 @@ ALWAYS void store_six(float *to) {
 }
 
 #else
+// Without such registers there is nothing to take.
 typedef struct {
     char none;
 } MatrixConfig;

@@ -53,7 +53,7 @@ static void multiply_places(const bf16 *maps, const Planes *planes, const Shape 
     store_four(sums);
 }
 #else
-// The same of 16 places, whose sums are held in registers.
+// The sums of 16 places of an image for 16 outputs, which are held in registers: (16, 16).
 static void multiply_row(const bf16 *maps, const Planes *planes, int64_t blocks, const uint32_t *kernel, float *sums) {
     __m512 sum[MATRIX_ROWS];
 #pragma GCC unroll 16
@@ -73,6 +73,7 @@ static void multiply_row(const bf16 *maps, const Planes *planes, int64_t blocks,
     for (int i = 0; i < MATRIX_ROWS; i++) _mm512_store_ps(sums + i * LANES, sum[i]);
 }
 
+// The same of 64 places from `place` on: (64, 16).
 static void multiply_places(const bf16 *maps, const Planes *planes, const Shape *s, const uint32_t *kernel,
                             int64_t place, float *sums) {
     int64_t last = least(s->height * s->width, place + 64);
