@@ -111,15 +111,16 @@ ALWAYS __m512 write_block(const float *sums, const Shape *s, int64_t padded, int
         __m512 results[SIDE * SIDE];
         if (down < BLOCK || across < BLOCK)
             for (int i = 0; i < SIDE * SIDE; i++) results[i] = _mm512_setzero_ps();
-#pragma GCC unroll 2
+        // Of a block of several tiles nothing is unrolled: it is as fast, and compiled in half the time.
+#pragma GCC unroll 1
         for (int i = 0; i < BLOCK; i++)
-#pragma GCC unroll 2
+#pragma GCC unroll 1
             for (int j = 0; j < BLOCK; j++)
                 if (i < down && j < across)
                     transform_sums(sums + i * below + j * padded, stride, results + TILE * (SIDE * i + j));
-#pragma GCC unroll 4
+#pragma GCC unroll (BLOCK > 1 ? 1 : 4)
         for (int i = 0; i < SIDE; i += 2)
-#pragma GCC unroll 4
+#pragma GCC unroll (BLOCK > 1 ? 1 : 4)
             for (int j = 0; j < SIDE; j += 2) {
                 if (y + i >= s->height || x + j >= s->width) continue;
                 __m512 window[4];
